@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversion of checkpoints of the authors' code (PyTorch Lightning, 2021) to this model.
+
+Lightning checkpoints hold no hyper-parameters, so the architecture is read off the names and shapes of the weights. Two
+things leave no trace in them and are arguments: how often the encoder's shared block is applied, and dilation.
+"""
+
+import re
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+
+from .configuration_deperceiver import DePerceiverConfig
+from .modeling_deperceiver import DePerceiverForObjectDetection
+
+# COCO's category names by category id; the ids in the gaps of COCO's numbering were never released.
+COCO_CATEGORIES = {
+    1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train", 8: "truck", 9: "boat",
+    10: "traffic light", 11: "fire hydrant", 13: "stop sign", 14: "parking meter", 15: "bench", 16: "bird", 17: "cat",
+    18: "dog", 19: "horse", 20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe",
+    27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee", 35: "skis",
+    36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat", 40: "baseball glove", 41: "skateboard",
+    42: "surfboard", 43: "tennis racket", 44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife",
+    50: "spoon", 51: "bowl", 52: "banana", 53: "apple", 54: "sandwich", 55: "orange", 56: "broccoli", 57: "carrot",
+    58: "hot dog", 59: "pizza", 60: "donut", 61: "cake", 62: "chair", 63: "couch", 64: "potted plant", 65: "bed",
+    67: "dining table", 70: "toilet", 72: "tv", 73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard",
+    77: "cell phone", 78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book",
+    85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier", 90: "toothbrush",
+}  # fmt: skip
+
+RESNET_DEPTHS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+}
+BACKBONE = "backbone.backbone.body."
+STRIDE_OF_STAGE = {1: 4, 2: 8, 3: 16, 4: 32}
+
+
+# Applied in this order to every name; the second half renames the parts inside of a layer.
+NAME_RULES = [
+    (r"^perceiver\.encoder\.latents$", "model.encoder.latents"),
+    (r"^perceiver\.encoder\.cross_attn\.", "model.encoder.cross_attention."),
+    (r"^perceiver\.encoder\.self_attention_block\.(\d+)\.layer_norm\.", r"model.encoder.layers.\1.attention_norm."),
+    (r"^perceiver\.encoder\.self_attention_block\.", "model.encoder.layers."),
+    (r"^perceiver\.decoder\.cross_attention\.", "model.decoder.layers.0.cross_attention."),
+    (r"^perceiver\.decoder\.layers\.(\d+)\.partial_self_attention\.", r"model.decoder.layers.\1.self_attention."),
+    (r"^perceiver\.decoder\.layers\.(\d+)\.norm1\.", r"model.decoder.layers.\1.self_attention_norm."),
+    (r"^perceiver\.decoder\.", "model.decoder."),
+    (r"^query_embed\.", "model.query_embedding."),
+    (r"^input_proj\.(weight|bias)$", r"model.input_adapter.projections.0.\1"),
+    (r"^input_proj\.", "model.input_adapter.projections."),
+    (r"^class_embed\.", "class_labels_classifier."),
+    (r"^bbox_embed\.", "bbox_predictor."),
+    (r"^(?:.*\.)?row_embed\.", "model.input_adapter.position_embedding.row_embedding."),
+    (r"^(?:.*\.)?col_embed\.", "model.input_adapter.position_embedding.column_embedding."),
+    (r"^backbone\.backbone\.body\.", "model.backbone.model._backbone."),
+    (r"\.kv_layer_norm\.", ".key_value_norm."),
+    (r"\.q_layer_norm\.", ".query_norm."),
+    (r"\.qkv_layer_norm\.", ".mlp_norm."),
+    (r"\.projection\.", ".o_proj."),
+    (r"\.([qkv])\.(weight|bias)$", r".\1_proj.\2"),
+    (r"\.mlp\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.mlp\.2\.", ".mlp.fc2."),
+]
+
+
+def load_original(
+    source: str | PathLike | Mapping[str, Any],
+    *,
+    num_blocks: int = 3,
+    position_embedding_type: str | None = None,
+    dilation: bool = False,
+    **config_overrides: Any,
+) -> DePerceiverForObjectDetection:
+    """Make a model from a checkpoint of the authors' code.
+
+    Args:
+        source (`str`, `PathLike` or `Mapping`): A Lightning `.ckpt` or `.pth` file, or what such a file holds: a state
+            dict, possibly nested under `"state_dict"`, possibly with the loss's `criterion.` entries.
+        num_blocks (`int`): Passes through the encoder's shared block (`--enc_blocks`). The weights do not tell it.
+        position_embedding_type (`str`, *optional*): `"sine"` or `"learned"`, if it is to be checked; the weights tell it.
+        dilation (`bool`): Whether the model was trained with `--dilation`. The weights do not tell it.
+        **config_overrides: Other fields of [`DePerceiverConfig`], such as loss weights, numbers of heads or `id2label`.
+
+    Returns:
+        `DePerceiverForObjectDetection` in evaluation mode, float32, all weights loaded.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not a checkpoint of a DePerceiver, or an argument contradicts it; says why.
+    """
+    state_dict = _read_state_dict(source)
+    inferred = _infer_config(state_dict)
+    if position_embedding_type not in (None, inferred["position_embedding_type"]):
+        raise ValueError(
+            f"`position_embedding_type={position_embedding_type!r}` was given, but the checkpoint has "
+            f"{inferred['position_embedding_type']} positions."
+        )
+    known = set(DePerceiverConfig.__dataclass_fields__) | {"num_labels", "backbone"}
+    unknown = sorted(set(config_overrides) - known)
+    if unknown:
+        raise ValueError(f"{unknown} are not fields of DePerceiverConfig.")
+    config = DePerceiverConfig(**{**inferred, "num_blocks": num_blocks, "dilation": dilation, **config_overrides})
+    model = DePerceiverForObjectDetection(config)
+    converted = _convert_names(state_dict)
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - converted.keys()), sorted(converted.keys() - expected.keys())
+    misshapen = [
+        f"{name} {tuple(converted[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & converted.keys())
+        if converted[name].shape != expected[name].shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            f"this checkpoint does not fit the DePerceiver that its names describe: {len(missing)} weights are missing "
+            f"(such as {missing[:3]}), {len(unexpected)} are unknown (such as {unexpected[:3]}), {len(misshapen)} have "
+            f"another shape (such as {misshapen[:3]})."
+        )
+    model.load_state_dict(converted)
+    return model.eval()
+
+
+def _read_state_dict(source: str | PathLike | Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    described = "the given mapping"
+    if not isinstance(source, Mapping):
+        described = str(source)
+        try:
+            source = torch.load(source, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise FileNotFoundError(f"there is no checkpoint file {described}.") from error
+        except Exception as error:  # torch.load raises whatever its many formats do
+            raise ValueError(
+                f"{described} cannot be read as a PyTorch checkpoint of tensors ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else 'no message'}). If it holds other pickled objects and "
+                f"you trust it, save its weights alone: torch.save({{'state_dict': ...}}, FILE)."
+            ) from error
+    if isinstance(source, Mapping) and isinstance(source.get("state_dict"), Mapping):
+        source = source["state_dict"]
+    if not isinstance(source, Mapping) or not all(isinstance(value, torch.Tensor) for value in source.values()):
+        raise ValueError(f"{described} holds no state dict: names with tensors, possibly under 'state_dict'.")
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in source.items()}
+    return {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if not name.startswith("criterion.") and not name.endswith("num_batches_tracked")
+    }
+
+
+def _infer_config(state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    required = ("perceiver.encoder.latents", "query_embed.weight", "class_embed.weight", f"{BACKBONE}conv1.weight")
+    missing = [name for name in required if name not in shapes]
+    if missing:
+        hint = " It looks like DETR." if any(name.startswith("transformer.") for name in shapes) else ""
+        raise ValueError(
+            f"this is not a checkpoint of a DePerceiver: it has no {missing}.{hint} Its names start like "
+            f"{sorted(shapes)[:3]}."
+        )
+    stage_channels = _stage_channels(shapes)
+    projections = sorted(name for name in shapes if re.fullmatch(r"input_proj\.(\d+\.)?weight", name))
+    strides = []
+    for name in projections:
+        stages = [stage for stage, channels in stage_channels.items() if channels == shapes[name][1]]
+        if not stages:
+            raise ValueError(
+                f"{name} reads {shapes[name][1]} channels, but the stages of the backbone have {stage_channels}."
+            )
+        strides.append(STRIDE_OF_STAGE[stages[0]])
+    learned = [name for name in shapes if name.endswith("row_embed.weight")]
+    if len(learned) > 1:
+        raise ValueError(f"found several tables of learned positions ({learned}), where one is expected.")
+    num_latents, d_latents = shapes["perceiver.encoder.latents"]
+    num_queries, d_model = shapes["query_embed.weight"]
+    num_labels = shapes["class_embed.weight"][0] - 1
+    layered_depth = _count(shapes, r"perceiver\.decoder\.layers\.(\d+)\.")
+    encoder_mlp = shapes.get("perceiver.encoder.self_attention_block.0.mlp.mlp.0.weight", (1, 1))
+    cross_mlp = shapes.get("perceiver.encoder.cross_attn.mlp.mlp.0.weight", (1, 1))
+    config = {
+        "backbone": _backbone_name(shapes),
+        "num_channels": shapes[f"{BACKBONE}conv1.weight"][1],
+        "feature_strides": strides,
+        "position_embedding_type": "learned" if learned else "sine",
+        "num_latents": num_latents,
+        "d_latents": d_latents,
+        "d_model": d_model,
+        "num_self_attends_per_block": _count(shapes, r"perceiver\.encoder\.self_attention_block\.(\d+)\."),
+        "self_attention_widening_factor": encoder_mlp[0] // encoder_mlp[1],
+        "cross_attention_widening_factor": cross_mlp[0] // cross_mlp[1],
+        "decoder_type": "layered" if layered_depth else "cross_attention",
+        "num_queries": num_queries,
+        "num_labels": num_labels,
+    }
+    if layered_depth:
+        config["decoder_layers"] = layered_depth
+    if learned:
+        config["num_position_embeddings"] = shapes[learned[0]][0]
+    if num_labels == max(COCO_CATEGORIES) + 1:  # classes are COCO's category ids, gaps included
+        del config["num_labels"]
+        config["id2label"] = {index: COCO_CATEGORIES.get(index, "N/A") for index in range(num_labels)}
+        config["label2id"] = {name: index for index, name in COCO_CATEGORIES.items()}
+    return config
+
+
+def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:
+    """One more than the highest number that `pattern` captures in a name, 0 if it matches none."""
+    return max((int(match[1]) + 1 for name in shapes if (match := re.match(pattern, name))), default=0)
+
+
+def _stage_blocks(shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
+    body = re.escape(BACKBONE)
+    blocks = {stage: _count(shapes, rf"{body}layer{stage}\.(\d+)\.") for stage in STRIDE_OF_STAGE}
+    return {stage: count for stage, count in blocks.items() if count}
+
+
+def _stage_channels(shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
+    """Output channels of the backbone's stages."""
+    conv = "conv3" if f"{BACKBONE}layer1.0.conv3.weight" in shapes else "conv2"
+    return {stage: shapes[f"{BACKBONE}layer{stage}.0.{conv}.weight"][0] for stage in _stage_blocks(shapes)}
+
+
+def _backbone_name(shapes: dict[str, tuple[int, ...]]) -> str:
+    """The shallowest ResNet whose first stages are those of the checkpoint (which lacks stages that it did not use)."""
+    blocks = tuple(_stage_blocks(shapes).values())
+    bottleneck = f"{BACKBONE}layer1.0.conv3.weight" in shapes
+    for name, depths in RESNET_DEPTHS.items():
+        if (name not in ("resnet18", "resnet34")) == bottleneck and depths[: len(blocks)] == blocks:
+            return name
+    raise ValueError(f"the backbone has stages of {blocks} blocks, which is none of the ResNets {RESNET_DEPTHS}.")
+
+
+def _convert_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    converted = {}
+    levels = sorted(name for name in state_dict if name.startswith("scale_embedding."))
+    if levels:
+        converted["model.input_adapter.level_embedding.weight"] = torch.cat([state_dict[name] for name in levels])
+    for name, tensor in state_dict.items():
+        if name in levels:
+            continue
+        for pattern, replacement in NAME_RULES:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = tensor
+    return converted
+
+
+__all__ = ["load_original"]

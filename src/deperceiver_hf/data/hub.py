@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detection data from the Hub, from `save_to_disk` directories and from image folders, mapped to the record schema.
+
+What is understood: an image column and an `objects` column, either lists of values (`{"bbox": [...], "category":
+[...]}`) or a list of objects (`[{"bbox": ..., "category": ...}]`), with boxes as `bbox`, categories under any of
+`CATEGORY_KEYS`, and optionally `id`, `area` and `iscrowd`; `image_id`, `width` and `height` are optional columns.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
+
+from .images import ImageHeader, read_header, seen_sizes
+from .records import (
+    DETECTION_FEATURES,
+    AnnotationList,
+    DetectionData,
+    LoadingReport,
+    as_integer,
+    record_columns,
+    split_aliases,
+)
+
+BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
+CATEGORY_KEYS = ("category", "categories", "category_id", "category_ids", "label", "labels", "class", "class_id")
+BOX_FORMATS = ("xywh", "xyxy")
+
+
+def load_hub_data(
+    source: str,
+    split: str,
+    *,
+    strict: bool = False,
+    max_samples: int | None = None,
+    cache_dir: str | None = None,
+    bbox_format: str = "xywh",
+) -> DetectionData:
+    """Load a split of a `datasets` data set as detection records.
+
+    Labels are those of a `ClassLabel`; of plain integers, the distinct values of all splits in ascending order, named
+    `label_<value>`; of strings, the distinct strings of all splits in alphabetic order.
+
+    Args:
+        source: Hub id, or a directory that `save_to_disk` wrote or that `load_dataset` reads (an image folder with
+            `metadata.jsonl`, for instance).
+        split: `train`, `val`, `test` or the data set's own name of it.
+        strict: refuse a data set in which anything is broken.
+        max_samples: load the first images only.
+        cache_dir: where downloads are kept, by default the cache of `datasets`.
+        bbox_format: `xywh` (left, top, width, height) or `xyxy` (left, top, right, bottom), in pixels.
+
+    Raises:
+        FileNotFoundError: there is no such data set or split.
+        ValueError: the columns are not as described, or anything is broken and `strict` is set.
+    """
+    if bbox_format not in BOX_FORMATS:
+        raise ValueError(f"bbox_format must be one of {BOX_FORMATS}, got {bbox_format!r}")
+    splits = _load_splits(source, cache_dir)
+    split_name = next((name for name in split_aliases(split) if name in splits), None)
+    if split_name is None:
+        raise FileNotFoundError(
+            f"{source} has no split {split!r}; its splits are {', '.join(splits)}. Choose one of them."
+        )
+    raw = splits[split_name]
+    if max_samples is not None:
+        raw = raw.select(range(min(max_samples, len(raw))))
+    image_key, objects_key, box_key, category_key = _find_columns(raw, source)
+
+    report = LoadingReport(f"{source}/{split_name}")
+    categories, label_names = _read_categories(splits, objects_key, category_key)
+    images = raw.select_columns(image_key).cast_column(image_key, Image(decode=False))
+    headers = list(_iterate_headers(images, image_key))
+    plain = raw.select_columns([name for name in raw.column_names if name != image_key])
+    image_ids = _read_image_ids(plain, report)
+    for image_id, header in zip(image_ids, headers, strict=True):
+        if header is None:
+            report.add("unreadable_image", f"image_id {image_id}")
+
+    # Rows are dropped at the end: the image column must stay as it is to be referenced instead of copied.
+    stated = _read_sizes(plain)
+    readable = [header or ImageHeader(1, 1, 1) for header in headers]
+    known = [size if header else None for size, header in zip(stated, headers, strict=True)]
+    sizes, rotations = seen_sizes(readable, known, [f"image_id {image_id}" for image_id in image_ids], report)
+    annotations = AnnotationList()
+    for row, entry in enumerate(_iterate_rows(plain, objects_key)):
+        if headers[row] is not None:
+            _append_objects(annotations, row, entry, box_key, category_key, categories, bbox_format, report)
+    columns = record_columns(image_ids, sizes, annotations, report, rotations)
+    features = DETECTION_FEATURES.copy()
+    features.pop("image")
+    records = concatenate_datasets(
+        [images.rename_column(image_key, "image"), Dataset.from_dict(columns, features=features)], axis=1
+    ).cast_column("image", Image())
+    kept = [row for row, header in enumerate(headers) if header is not None]
+    if len(kept) < len(headers):
+        records = records.select(kept)
+        report.num_images -= len(headers) - len(kept)
+        report.num_empty_images -= len(headers) - len(kept)
+    report.conclude(strict)
+    category_ids = [index if isinstance(value, str) else value for index, value in enumerate(categories)]
+    name = Path(source).name or source
+    return DetectionData(records, label_names, category_ids, f"{name}-{split_name}", report)
+
+
+def _load_splits(source: str, cache_dir: str | None) -> dict[str, Dataset]:
+    path = Path(source)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = load_from_disk(source)
+        return dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+    if path.is_dir() and not any(path.iterdir()):
+        raise FileNotFoundError(f"The directory {source} is empty. Give one that holds a data set.")
+    if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
+        raise FileNotFoundError(f"There is no directory {source}.")
+    try:
+        return dict(load_dataset(source, cache_dir=cache_dir))
+    except (OSError, ValueError) as error:  # not found, no connection, nothing that it can read
+        raise FileNotFoundError(
+            f"{source!r} could not be loaded: {type(error).__name__}: {error}. A data set is 'synthetic', a directory "
+            "in COCO's layout (annotations/instances_*.json), a directory that `datasets` can load, or the id of a "
+            "data set on the Hub (which needs a connection)."
+        ) from error
+
+
+def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str, str]:
+    described = ", ".join(f"{name}: {feature}" for name, feature in dataset.features.items())
+    wanted = "An image column and `objects` with `bbox` and a category are needed. Rename or map the columns first."
+    image_key = next((name for name, feature in dataset.features.items() if isinstance(feature, Image)), None)
+    if image_key is None:
+        raise ValueError(f"{source} has no column of images. Columns found: {described}. {wanted}")
+    if "objects" not in dataset.features:
+        raise ValueError(f"{source} has no column `objects`. Columns found: {described}. {wanted}")
+    fields = _object_fields(dataset)
+    box_key = next((key for key in BOX_KEYS if key in fields), None)
+    category_key = next((key for key in CATEGORY_KEYS if key in fields), None)
+    if box_key is None or category_key is None:
+        missing = f"boxes (any of {BOX_KEYS})" if box_key is None else f"categories (any of {CATEGORY_KEYS})"
+        raise ValueError(
+            f"`objects` of {source} has no {missing}; it has {', '.join(fields) or 'no fields'}. {wanted}"
+        )
+    return image_key, "objects", box_key, category_key
+
+
+def _object_fields(dataset: Dataset) -> dict:
+    """The features of one object, whether objects are stored as lists of values or as a list of objects."""
+    feature = dataset.features["objects"]
+    feature = getattr(feature, "feature", feature)  # List(...) or Sequence(...)
+    if isinstance(feature, list):
+        feature = feature[0]
+    fields = feature if isinstance(feature, dict) else {}
+    return {key: _innermost(value) if key in CATEGORY_KEYS else value for key, value in fields.items()}
+
+
+def _innermost(feature):
+    while isinstance(feature, list) or hasattr(feature, "feature"):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    return feature
+
+
+def _read_categories(splits: dict[str, Dataset], objects_key: str, category_key: str) -> tuple[dict, list[str]]:
+    """Stored value -> label for all splits together (a class may be absent from one), and the label names."""
+    first = next(iter(splits.values()))
+    feature = _object_fields(first).get(category_key)
+    if isinstance(feature, ClassLabel):
+        return {index: index for index in range(feature.num_classes)}, list(feature.names)
+    values = set()
+    for dataset in splits.values():
+        if objects_key not in dataset.column_names:
+            continue
+        for entry in _iterate_rows(dataset.select_columns(objects_key), objects_key):
+            values.update(_category(one) for one in _as_object_list(entry, category_key))
+    values.discard(None)
+    if any(isinstance(value, str) for value in values):
+        ordered = sorted(map(str, values))
+        return {value: label for label, value in enumerate(ordered)}, ordered
+    ordered = sorted(values)
+    return {value: label for label, value in enumerate(ordered)}, [f"label_{value}" for value in ordered]
+
+
+def _category(entry: dict) -> int | str | None:
+    value = entry["category"]
+    return value if isinstance(value, str) else as_integer(value)
+
+
+def _iterate_rows(dataset: Dataset, column: str) -> Iterator:
+    for batch in dataset.with_format(None).iter(batch_size=1000):
+        yield from batch[column]
+
+
+def _as_object_list(entry, category_key: str) -> list[dict]:
+    """Objects of an image one by one, the category under `category`, from either way of storing them."""
+    if not entry:
+        return []
+    if isinstance(entry, dict):
+        columns = {key: value for key, value in entry.items() if isinstance(value, list)}
+        count = max((len(value) for value in columns.values()), default=0)
+        # A list that is too short gives objects without that value, which are then counted as broken.
+        entry = [{key: v[i] if i < len(v) else None for key, v in columns.items()} for i in range(count)]
+    return [{**one, "category": one.get(category_key)} for one in entry if isinstance(one, dict)]
+
+
+def _append_objects(
+    annotations: AnnotationList,
+    row: int,
+    entry,
+    box_key: str,
+    category_key: str,
+    categories: dict,
+    bbox_format: str,
+    report: LoadingReport,
+) -> None:
+    for one in _as_object_list(entry, category_key):
+        label = categories.get(_category(one))
+        box = one.get(box_key)
+        if box is None:
+            report.add("invalid_annotation", f"row {row}: {one!r}"[:200])
+            continue
+        if label is None:
+            report.add("unknown_category", f"row {row}, category {one['category']!r}")
+            continue
+        if bbox_format == "xyxy" and len(box) == 4 and None not in box:
+            box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        annotations.append(row, label, box, one.get("area"), one.get("iscrowd"), one.get("id"))
+
+
+def _iterate_headers(images: Dataset, image_key: str) -> Iterator[ImageHeader | None]:
+    """Headers of all images; of images stored in the data set, only the pages that hold the header are read."""
+    for batch in images.with_format("arrow").iter(batch_size=1000):
+        column = batch[image_key].combine_chunks() if isinstance(batch, pa.Table) else batch[image_key]
+        for scalar in column:
+            content, path = scalar["bytes"], scalar["path"].as_py() if scalar.is_valid else None
+            if scalar.is_valid and content.is_valid:
+                yield read_header(pa.BufferReader(content.as_buffer()))
+            else:
+                yield read_header(path) if path and os.path.isfile(path) else None
+
+
+def _read_image_ids(plain: Dataset, report: LoadingReport) -> np.ndarray:
+    rows = np.arange(len(plain), dtype=np.int64)
+    if "image_id" not in plain.column_names:
+        return rows
+    stored = list(_iterate_rows(plain.select_columns("image_id"), "image_id"))
+    numbers = [as_integer(value) for value in stored]
+    if None in numbers or len(set(numbers)) < len(numbers):
+        example = next((v for v, n in zip(stored, numbers, strict=True) if n is None or numbers.count(n) > 1), None)
+        report.add("renumbered_images", f"image_id {example!r}")
+        return rows
+    return np.asarray(numbers, dtype=np.int64)
+
+
+def _read_sizes(plain: Dataset) -> list[tuple[int, int] | None]:
+    if not {"width", "height"} <= set(plain.column_names):
+        return [None] * len(plain)
+    columns = [_iterate_rows(plain.select_columns(name), name) for name in ("width", "height")]
+    return [(int(w), int(h)) if w and h else None for w, h in zip(*columns, strict=True)]

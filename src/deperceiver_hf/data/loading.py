@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From records to batches: the torch data set, the collation by the image processor, and the data loaders."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from .images import decode_rgb
+from .records import DetectionData
+from .sampling import TrainingBatchSampler, same_size_batches
+
+
+class DetectionDataset(Dataset):
+    """Images and annotations of a data set, augmented on the way.
+
+    An item is `{"image": tv_tensors.Image, "annotations": {"image_id": int, "annotations": [{"bbox", "category_id",
+    "area", "iscrowd"}, ...]}}`: uint8 RGB of shape (3, H, W), and what a DETR-style image processor takes; `bbox` is
+    xywh in pixels of this image, `category_id` the label.
+
+    The random numbers of the transforms depend on (seed, epoch, index) only: the sample is the same whichever process
+    or worker makes it, in whichever order, and after a resume.
+
+    Args:
+        data: the records.
+        transforms: a v2 transform of the samples described in `transforms`, or `None` to leave images as they are,
+            with crowds, for evaluation.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, data: DetectionData, transforms: Callable | None = None, seed: int = 0):
+        self.data = data
+        self.transforms = transforms
+        self.seed = seed
+        # Worker processes that live through several epochs see the new epoch through shared memory.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        painted = data.dataset.format["type"] == "custom"  # images made on access, by the data set's own transform
+        self._rows = data.dataset if painted else data.dataset.cast_column("image", Image(decode=False))
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the augmentation; call it before the loader's iterator is made."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Height and width of every image, before the transforms."""
+        plain = self.data.dataset.with_format(None).select_columns(["height", "width"])
+        return list(zip(plain["height"], plain["width"], strict=True))
+
+    @property
+    def aspect_ratios(self) -> np.ndarray:
+        """Width / height of every image, before the transforms."""
+        sizes = np.array(self.image_sizes, dtype=np.float64).reshape(-1, 2)
+        return sizes[:, 1] / sizes[:, 0]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[int(index)]
+        image = decode_rgb(row["image"], row["image_id"])
+        if image.size != (row["width"], row["height"]):
+            raise ValueError(
+                f"The image of image_id {row['image_id']} ({row['image']}) is {image.size} pixels (width, height), "
+                f"its record says {(row['width'], row['height'])}. Was the file replaced after loading? Load it anew."
+            )
+        objects = row["objects"]
+        boxes = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
+        boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)  # xywh -> xyxy
+        sample = {
+            "image": F.to_image(image),
+            "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=(image.height, image.width)),
+            "labels": torch.tensor(objects["category"], dtype=torch.int64),
+            "area": torch.tensor(objects["area"], dtype=torch.float32),
+            "iscrowd": torch.tensor(objects["iscrowd"], dtype=torch.bool),
+        }
+        if self.transforms is not None:
+            sample = self._transform(sample, int(index))
+        return {"image": sample["image"], "annotations": _to_coco(sample, row["image_id"])}
+
+    def _transform(self, sample: dict[str, Any], index: int) -> dict[str, Any]:
+        state = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(state[0] >> 1))  # the CPU's alone: workers must not touch CUDA
+            return self.transforms(sample)
+
+
+def _to_coco(sample: dict[str, Any], image_id: int) -> dict[str, Any]:
+    x0, y0, x1, y1 = sample["boxes"].as_subclass(torch.Tensor).unbind(1)
+    columns = (torch.stack([x0, y0, x1 - x0, y1 - y0], dim=1), sample["labels"], sample["area"], sample["iscrowd"])
+    annotations = [
+        {"bbox": box, "category_id": label, "area": area, "iscrowd": int(crowd)}
+        for box, label, area, crowd in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    return {"image_id": image_id, "annotations": annotations}
+
+
+class DetectionCollator:
+    """Makes a batch of items with the image processor, the only place that normalises, pads and converts boxes.
+
+    Args:
+        image_processor: a DETR-style image processor.
+        do_resize: `True` in evaluation; `False` in training, where the transforms have resized.
+    """
+
+    def __init__(self, image_processor, do_resize: bool):
+        self.image_processor = image_processor
+        self.do_resize = do_resize
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """`pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W) and `labels`, a list of dictionaries of tensors."""
+        batch = self.image_processor(
+            images=[item["image"].as_subclass(torch.Tensor) for item in items],
+            annotations=[item["annotations"] for item in items],
+            do_resize=self.do_resize,
+            return_tensors="pt",
+        )
+        return {**batch, "labels": [dict(label) for label in batch["labels"]]}
+
+
+def make_train_dataloader(
+    dataset: DetectionDataset,
+    collator: DetectionCollator,
+    batch_size: int,
+    *,
+    group_by_aspect_ratio: bool = False,
+    drop_last: bool = False,
+    num_processes: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """The loader of shuffled training batches of all processes, to be given to `Accelerator.prepare`.
+
+    After that, call the loader's `set_epoch(epoch)` before each epoch. See `TrainingBatchSampler` for the options; its
+    seed is the data set's.
+    """
+    sampler = TrainingBatchSampler(
+        dataset,
+        batch_size,
+        seed=dataset.seed,
+        group_by_aspect_ratio=group_by_aspect_ratio,
+        num_processes=num_processes,
+        drop_last=drop_last,
+    )
+    return _make_dataloader(dataset, collator, sampler, num_workers)
+
+
+def make_eval_dataloader(
+    dataset: DetectionDataset,
+    collator: DetectionCollator,
+    batch_size: int,
+    *,
+    size: Mapping[str, int | None] | None = None,
+    process_index: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+) -> DataLoader:
+    """The loader of this process' share of the evaluation batches, NOT to be given to `Accelerator.prepare`.
+
+    Every image occurs once over all processes, in batches that need no padding (`same_size_batches`). `size` is by
+    default that of the collator's image processor.
+    """
+    size = dict(collator.image_processor.size) if size is None else size
+    batches = same_size_batches(dataset.image_sizes, batch_size, size)
+    return _make_dataloader(dataset, collator, batches[process_index::num_processes], num_workers)
+
+
+def _make_dataloader(dataset, collator, batch_sampler, num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=collator,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthetic scenes: rotated coloured shapes, many of them small, on a textured background with clutter lines.
+
+Where the objects are is drawn when the data set is made (a millisecond per scene); a picture is painted when its row
+is read. Both depend on the seed, the split and the scene's number alone, so that every process and machine sees the
+same.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+from datasets import Dataset
+
+from .records import (
+    DETECTION_FEATURES,
+    AnnotationList,
+    DetectionData,
+    LoadingReport,
+    image_path_column,
+    record_columns,
+    split_aliases,
+)
+from .shapes import SHAPES, Shape, any_overlap, paint_shape, random_shape
+
+DEFAULT_NUM_SAMPLES = {"train": 9000, "val": 300, "test": 300}
+# (share, least side, greatest side in pixels) of the objects
+LARGE_SCENE_SIZES = ((0.55, 7, 20), (0.30, 20, 48), (0.15, 48, 110))  # for 256 pixels
+SMALL_SCENE_SIZES = ((0.55, 8, 20), (0.30, 20, 40), (0.15, 40, 64))  # for 128 pixels
+
+
+@dataclass(frozen=True)
+class SyntheticScenes:
+    """What the scenes look like.
+
+    Attributes:
+        image_size: side of the square image in pixels, at least 32.
+        min_objects, max_objects: bounds of the number of objects; by default 3 and 20, in scenes of less than 192
+            pixels 2 and 10.
+        object_sizes: share, least and greatest side (the longer side of the box, in pixels) of classes of objects; by
+            default the distributions above, limited to half of the image.
+        seed: of all random choices.
+    """
+
+    image_size: int = 256
+    min_objects: int | None = None
+    max_objects: int | None = None
+    object_sizes: tuple[tuple[float, float, float], ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        small = self.image_size < 192
+        defaults = {"min_objects": 2 if small else 3, "max_objects": 10 if small else 20}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.object_sizes is None:
+            limit = self.image_size // 2
+            sizes = SMALL_SCENE_SIZES if small else LARGE_SCENE_SIZES
+            object.__setattr__(self, "object_sizes", tuple((p, min(a, limit), min(b, limit)) for p, a, b in sizes))
+        if self.image_size < 32:
+            raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size}")
+        if not 0 <= self.min_objects <= self.max_objects:
+            raise ValueError(
+                f"0 <= min_objects <= max_objects is needed, got {self.min_objects} and {self.max_objects}"
+            )
+        for share, low, high in self.object_sizes:
+            if share < 0 or not 4 <= low <= high <= 0.9 * self.image_size:
+                raise ValueError(
+                    f"object_sizes must be (share >= 0, least side >= 4, greatest side <= 90 % of {self.image_size} "
+                    f"pixels), got {(share, low, high)}"
+                )
+        if sum(share for share, _, _ in self.object_sizes) <= 0:
+            raise ValueError(f"the shares of object_sizes must not all be 0, got {self.object_sizes}")
+
+    def layout(self, stream: int, index: int) -> list[Shape]:
+        """The shapes of scene `index` of a stream, wholly inside the image and not overlapping.
+
+        Raises:
+            ValueError: so many objects of such sizes do not fit.
+        """
+        random = np.random.default_rng((self.seed, stream, index, 0))
+        count = int(random.integers(self.min_objects, self.max_objects + 1))
+        shares, lows, highs = (np.array(column, dtype=np.float64) for column in zip(*self.object_sizes, strict=True))
+        bins = random.choice(len(shares), size=count, p=shares / shares.sum())
+        sides = np.sort(lows[bins] + random.random(count) * (highs[bins] - lows[bins]))[::-1]
+        shapes: list[Shape] = []
+        for side in sides:
+            shape = self._place(random, float(side), shapes)
+            if shape is not None:
+                shapes.append(shape)
+        if len(shapes) < self.min_objects:
+            raise ValueError(
+                f"Only {len(shapes)} of {count} objects found room in scene {index} of {self.image_size} pixels. "
+                "Ask for fewer or smaller objects, or a larger image."
+            )
+        return shapes
+
+    def _place(self, random: np.random.Generator, side: float, placed: list[Shape]) -> Shape | None:
+        """A shape that overlaps none of those placed; where there is no room, a smaller one."""
+        least = min(low for _, low, _ in self.object_sizes)
+        while True:
+            shape = random_shape(random, side)
+            x, y, width, height = shape.box
+            room = np.array([self.image_size - width, self.image_size - height])
+            for target in random.random((24, 2)) * room:
+                candidate = shape.moved(target[0] - x, target[1] - y)
+                if not any_overlap(candidate, placed):
+                    return candidate
+            if side <= least:
+                return None
+            side = max(least, side / 2)
+
+    def paint(self, stream: int, index: int) -> PIL.Image.Image:
+        """The picture of scene `index` of a stream, RGB."""
+        random = np.random.default_rng((self.seed, stream, index, 1))
+        base = random.integers(60, 196, size=3)
+        canvas = self._background(random, base)
+        for shape in self.layout(stream, index):
+            paint_shape(canvas, shape, _contrasting_colour(random, base))
+        noise = random.integers(-6, 7, size=canvas.shape, dtype=np.int16)
+        return PIL.Image.fromarray((canvas.astype(np.int16) + noise).clip(0, 255).astype(np.uint8))
+
+    def _background(self, random: np.random.Generator, base: np.ndarray) -> np.ndarray:
+        """Blotches of two scales around a base colour, crossed by 3 to 10 thin lines; (H, W, 3) uint8."""
+        size = self.image_size
+        texture = np.zeros((size, size, 3), dtype=np.int16)
+        for cells, strength in ((6, 36), (32, 22)):
+            grid = random.integers(128 - strength, 129 + strength, size=(cells, cells, 3)).astype(np.uint8)
+            smooth = PIL.Image.fromarray(grid).resize((size, size), PIL.Image.Resampling.BICUBIC)
+            texture += np.asarray(smooth, dtype=np.int16) - 128
+        image = PIL.Image.fromarray((texture + base.astype(np.int16)).clip(0, 255).astype(np.uint8))
+        draw = PIL.ImageDraw.Draw(image)
+        for _ in range(int(random.integers(3, 11))):
+            ends = random.integers(-size // 8, size + size // 8, size=4).tolist()
+            colour = tuple(random.integers(0, 256, size=3).tolist())
+            draw.line(ends, fill=colour, width=int(random.integers(1, 3)))
+        return np.array(image)
+
+
+class ScenePainter:
+    """Fills the image column of the rows that are read; the format transform of a synthetic data set."""
+
+    def __init__(self, scenes: SyntheticScenes, stream: int):
+        self.scenes = scenes
+        self.stream = stream
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        if "image" in batch and "image_id" in batch:
+            batch["image"] = [self.scenes.paint(self.stream, image_id) for image_id in batch["image_id"]]
+        return batch
+
+
+def load_synthetic(
+    split: str, *, num_samples: int | None = None, max_samples: int | None = None, **options
+) -> DetectionData:
+    """A synthetic data set.
+
+    `area` is the area of the box, so that COCO's size classes follow the sides of the boxes.
+
+    Args:
+        split: `train`, `val` or `test`; their scenes are drawn from independent random streams.
+        num_samples: number of scenes; by default 9000 for training, 300 else.
+        max_samples: use the first of them only.
+        options: fields of `SyntheticScenes`.
+    """
+    canonical = next((name for name in DEFAULT_NUM_SAMPLES if name in split_aliases(split)), None)
+    if canonical is None:
+        raise FileNotFoundError(
+            f"The synthetic data set has the splits {', '.join(DEFAULT_NUM_SAMPLES)}, not {split!r}."
+        )
+    count = DEFAULT_NUM_SAMPLES[canonical] if num_samples is None else num_samples
+    if count < 1:
+        raise ValueError(f"num_samples must be at least 1, got {count}")
+    count = count if max_samples is None else min(count, max_samples)
+    scenes = SyntheticScenes(**options)
+    stream = list(DEFAULT_NUM_SAMPLES).index(canonical)
+    return _build(scenes, stream, count, canonical)
+
+
+@functools.lru_cache(maxsize=8)
+def _build(scenes: SyntheticScenes, stream: int, count: int, split: str) -> DetectionData:
+    report = LoadingReport(f"synthetic/{split}")
+    annotations = AnnotationList()
+    for index in range(count):
+        for shape in scenes.layout(stream, index):
+            annotations.append(index, shape.label, list(shape.box), id=len(annotations.id) + 1)
+    sizes = np.full((count, 2), scenes.image_size)
+    columns = record_columns(np.arange(count), sizes, annotations, report)
+    images = image_path_column([None] * count)
+    dataset = Dataset.from_dict({"image": images, **columns}, features=DETECTION_FEATURES)
+    dataset = dataset.with_transform(ScenePainter(scenes, stream))
+    return DetectionData(dataset, list(SHAPES), list(range(len(SHAPES))), f"synthetic-{split}", report)
+
+
+def _contrasting_colour(random: np.random.Generator, base: np.ndarray) -> np.ndarray:
+    """A colour that differs from the background's by at least 90 in some channel."""
+    while True:
+        colour = random.integers(0, 256, size=3)
+        if np.abs(colour - base).max() >= 90:
+            return colour

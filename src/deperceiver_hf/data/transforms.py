@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training augmentation of DETR (Carion et al., 2020) and DePerceiver, on torchvision's v2 transforms.
+
+A sample is `{"image": tv_tensors.Image uint8 (3, H, W), "boxes": tv_tensors.BoundingBoxes XYXY (n, 4), "labels": (n,)
+int64, "area": (n,) float32, "iscrowd": (n,) bool}`; images stay uint8, normalisation is the image processor's. All
+random numbers come from torch's default generator.
+"""
+
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from .sizes import resized_size
+
+AUGMENTATIONS = ("original", "flip", "none")
+
+# Of a shortest edge of 800: the sizes to choose from, the sizes before a crop, the sides of the crop.
+_REFERENCE_EDGE, _REFERENCE_LONGEST = 800, 1333
+_SCALES = range(480, 801, 32)
+_SCALES_BEFORE_CROP = (400, 500, 600)
+_CROP_SIDES = (384, 600)
+# Before a crop the original does not bound the longest edge: 1 x 2000 pixels would become 400 x 800,000.
+_LONGEST_BEFORE_CROP = 8 * _REFERENCE_LONGEST
+
+
+def make_train_transforms(
+    augmentation: str = "original", shortest_edge: int = 800, longest_edge: int | None = None
+) -> v2.Compose:
+    """The training transforms up to, and including, the resize.
+
+    Args:
+        augmentation: `original`: horizontal flip with probability 0.5; then with equal chance a random shortest edge
+            of 0.6 to 1 times `shortest_edge`, or a resize, a random crop and then that random resize. `flip`:
+            horizontal flip and resize. `none`: resize only.
+        shortest_edge: of the image processor, in pixels; all sizes of the original are scaled in proportion to it.
+        longest_edge: bound of the longest edge after the resize; by default 1333/800 of the shortest.
+
+    Crowds are dropped first, boxes without area last; the area becomes that of the box.
+    """
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"augmentation must be one of {AUGMENTATIONS}, got {augmentation!r}")
+    if shortest_edge < 1:
+        raise ValueError(f"shortest_edge must be at least 1 pixel, got {shortest_edge}")
+    longest_edge = _scaled(_REFERENCE_LONGEST, shortest_edge) if longest_edge is None else longest_edge
+    if longest_edge < shortest_edge:
+        raise ValueError(f"longest_edge must be at least the shortest_edge {shortest_edge}, got {longest_edge}")
+
+    if augmentation == "original":
+        resize = RandomShortestEdge([_scaled(size, shortest_edge) for size in _SCALES], longest_edge)
+        crop = v2.Compose(
+            [
+                RandomShortestEdge(
+                    [_scaled(size, shortest_edge) for size in _SCALES_BEFORE_CROP],
+                    max(longest_edge, _scaled(_LONGEST_BEFORE_CROP, shortest_edge)),
+                ),
+                RandomSizeCrop(*(_scaled(side, shortest_edge) for side in _CROP_SIDES)),
+                resize,
+            ]
+        )
+        steps = [v2.RandomHorizontalFlip(0.5), v2.RandomChoice([resize, crop])]
+    else:
+        flip = [v2.RandomHorizontalFlip(0.5)] if augmentation == "flip" else []
+        steps = [*flip, RandomShortestEdge([shortest_edge], longest_edge)]
+    return v2.Compose([DropCrowds(), *steps, v2.ClampBoundingBoxes(), DropEmptyBoxes()])
+
+
+def _scaled(size: int, shortest_edge: int) -> int:
+    return max(1, round(size * shortest_edge / _REFERENCE_EDGE))
+
+
+class RandomShortestEdge(v2.RandomShortestSize):
+    """Resize so that the shortest edge is one of `min_size`, the longest at most `max_size`, no edge below a pixel.
+
+    The base class truncates, so that an edge can miss the size asked for by a pixel and become 0 in narrow images;
+    this computes sizes as the image processor does.
+    """
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        shortest = self.min_size[int(torch.randint(len(self.min_size), ()))]
+        return {"size": resized_size(height, width, {"shortest_edge": shortest, "longest_edge": self.max_size})}
+
+
+class RandomSizeCrop(v2.Transform):
+    """Crop a random part whose sides are drawn from `min_side ... max_side` pixels each, less in smaller images."""
+
+    def __init__(self, min_side: int, max_side: int):
+        super().__init__()
+        self.min_side = min_side
+        self.max_side = max_side
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        crop_height, crop_width = (
+            _randint(min(self.min_side, side), min(self.max_side, side)) for side in (height, width)
+        )
+        return {
+            "top": _randint(0, height - crop_height),
+            "left": _randint(0, width - crop_width),
+            "height": crop_height,
+            "width": crop_width,
+        }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(F.crop, inpt, **params)
+
+
+def _randint(low: int, high: int) -> int:
+    """A random integer from `low` to `high`, both included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+class DropCrowds(v2.Transform):
+    """Leave out the objects that stand for a crowd."""
+
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return _select_objects(sample, ~sample["iscrowd"])
+
+
+class DropEmptyBoxes(v2.Transform):
+    """Leave out objects without area, whatever was cropped away, and set `area` to that of the box.
+
+    `SanitizeBoundingBoxes` cannot be used: it drops all boxes of less than a pixel too, which are right targets in a
+    down-scaled image.
+    """
+
+    def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
+        sides = sample["boxes"][:, 2:] - sample["boxes"][:, :2]
+        sample = {**sample, "area": sides.prod(dim=1)}
+        return _select_objects(sample, (sides > 0).all(dim=1))
+
+
+def _select_objects(sample: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:
+    boxes = tv_tensors.wrap(sample["boxes"][keep], like=sample["boxes"])
+    return {**sample, "boxes": boxes, **{key: sample[key][keep] for key in ("labels", "area", "iscrowd")}}

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO evaluation of any object detection model of transformers on detection data.
+
+Every query of every image is scored, without a threshold. The metrics are the same to the last digit for any batch
+size, any number of processes and of CPU threads. Matrix and convolution kernels choose their order of summation by
+batch size and number of threads, which moves the last bits of scores and boxes and with them, now and then, the rank
+of a detection. So each image goes through the model alone, unpadded, and on a CPU in one thread; the threads of the
+process work on different images instead, which is no slower.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .coco_metric import COCO_MAX_DETECTIONS, CocoDetectionMetric, check_max_detections, xyxy_to_xywh
+from .data import DetectionData, DetectionDataset, same_size_batches
+from .data.records import is_main_process
+
+logger = logging.get_logger(__name__)
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found; the same on every process.
+
+    Attributes:
+        metrics: the COCO numbers by name, see `CocoDetectionMetric`; -1 where there was no object to find.
+        per_class: AP of each class by name, `None` for classes without objects.
+        predictions: every detection in COCO's result format, `{"image_id", "category_id", "bbox", "score"}`, with the
+            data set's own category ids and boxes as (x, y, width, height) in pixels, ordered by image and query.
+        num_images: number of images evaluated.
+        seconds: wall time.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, float | None]
+    predictions: list[dict]
+    num_images: int
+    seconds: float
+
+    def summary(self) -> str:
+        """The metrics and the AP per class as a table, in percent; a dash where there was nothing to find."""
+        rows = [*self.metrics.items(), ("", None), *self.per_class.items()]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {_percent(value)}" if name else "AP per class" for name, value in rows]
+        return "\n".join([f"{self.num_images} images, {self.seconds:.1f} s", *lines])
+
+
+def evaluate_detector(
+    model: nn.Module,
+    image_processor: Any,
+    data: DetectionData,
+    *,
+    accelerator: Accelerator | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    mixed_precision: str | None = None,
+    max_detections: Sequence[int] = COCO_MAX_DETECTIONS,
+    batched_forward: bool = False,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Run a detector over a data set and score it as COCO does.
+
+    To be called on every process. The model keeps its mode, and torch its number of threads and random state.
+
+    Args:
+        model: any object detection model of transformers; it is moved to the accelerator's device.
+        image_processor: its processor. Each image is processed alone, so nothing is padded.
+        data: the images with their objects. The classes of model and data are matched by name (`align_labels`).
+        accelerator: by default a new one.
+        batch_size: images of one process that are in memory at a time; on a CPU, also computed at a time.
+        num_workers: processes that load and resize images, for each process.
+        mixed_precision: `"no"`, `"fp16"` or `"bf16"`; by default what the accelerator is set to.
+        max_detections: see `CocoDetectionMetric`.
+        batched_forward: send all images of a batch that have the same size through the model together. Faster with a
+            small model on a GPU; but then the last digits of the metrics can depend on batch size and hardware.
+        progress: show a progress bar on the main process.
+
+    Raises:
+        ValueError: empty data, labels that do not fit or options out of range.
+        FloatingPointError: the model predicts numbers that are not finite.
+    """
+    start = time.perf_counter()
+    if len(data.dataset) == 0:
+        raise ValueError(f"{data.name} holds no images to evaluate.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    max_detections = check_max_detections(max_detections)
+    accelerator = accelerator or Accelerator()
+    autocast = autocast_context(accelerator, mixed_precision)
+    model = accelerator.unwrap_model(model)
+    model = getattr(model, "_orig_mod", model).to(accelerator.device)  # uncompiled: every image size would compile
+    labels = align_labels(model.config.id2label, data.label_names)
+
+    images = _ProcessedImages(data, image_processor)
+    if batched_forward:
+        batches = same_size_batches(images.dataset.image_sizes, batch_size, dict(image_processor.size))
+    else:
+        order = list(range(len(images)))
+        batches = [order[start : start + batch_size] for start in order[::batch_size]]
+    loader = DataLoader(
+        images,
+        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
+        collate_fn=list,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # the global random state belongs to training
+    )
+    found: list[tuple] = []  # (image_id, scores (q,), labels (q,), boxes (q, 4))
+    with _prediction_mode(model, single_thread=not batched_forward) as executor:
+        for batch in tqdm(loader, desc="Evaluating", disable=not (progress and accelerator.is_main_process)):
+            groups = _group_by_shape(batch) if batched_forward else [[image] for image in batch]
+
+            def detect_group(group: list[_Image]) -> list[tuple]:
+                return _detect(model, image_processor, group, accelerator.device, autocast)
+
+            for detections in executor.map(detect_group, groups):
+                found += [_with_data_labels(detection, labels) for detection in detections]
+
+    found = sorted(gather_object(found), key=lambda detection: detection[0])
+    scores: list = [None]
+    if accelerator.is_main_process:
+        scores = [_score(found, data, max_detections)]
+    metrics = broadcast_object_list(scores)[0]
+    per_class = metrics.pop("per_class")
+    return EvaluationResult(
+        metrics=metrics,
+        per_class=per_class,
+        predictions=_coco_results(found, data.category_ids),
+        num_images=len(data.dataset),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def align_labels(id2label: Mapping[int, str], label_names: Sequence[str]) -> np.ndarray:
+    """Match the classes of a model with those of a data set, by name.
+
+    Names are compared without regard to case, and `_` and `-` count as spaces. Where one side has no names
+    (`LABEL_0`, `0`, ...) and both have equally many classes, label i is taken for label i, with a warning.
+
+    Returns:
+        (number of the model's classes,) label of the data set for each label of the model, -1 where it has none.
+
+    Raises:
+        ValueError: no class is in both, or one class of the data set is claimed by several of the model.
+    """
+    model_names = {int(label): str(name) for label, name in id2label.items()}
+    table = np.full(max(model_names, default=-1) + 1, -1, dtype=np.int64)
+    wanted = {_plain(name): label for label, name in enumerate(label_names)}
+    for label, name in model_names.items():
+        table[label] = wanted.get(_plain(name), -1)
+
+    matched = table[table >= 0]
+    if not len(matched):
+        unnamed = any(all(_is_generic(name) for name in names) for names in (model_names.values(), label_names))
+        if unnamed and sorted(model_names) == list(range(len(label_names))):
+            _warn_once(
+                f"The model's classes ({_listing(model_names.values())}) are not those of the data "
+                f"({_listing(label_names)}); taking label 0 for label 0, and so on."
+            )
+            return np.arange(len(label_names))
+        raise ValueError(
+            f"No class of the model is in the data. The model's {len(model_names)}: {_listing(model_names.values())}. "
+            f"The data's {len(label_names)}: {_listing(label_names)}. Correct id2label in the model's config.json, or "
+            "evaluate on data with its classes."
+        )
+    if len(set(matched.tolist())) < len(matched):
+        twice = sorted({label_names[label] for label in matched if (matched == label).sum() > 1})
+        raise ValueError(f"Several classes of the model have the same name: {_listing(twice)}.")
+    unknown = [name for label, name in enumerate(label_names) if label not in matched]
+    if unknown:
+        _warn_once(f"{len(unknown)} classes of the data are not among the model's: {_listing(unknown)}.")
+    return table
+
+
+def autocast_context(accelerator: Accelerator, mixed_precision: str | None) -> Callable:
+    """What makes the context to run the model in; a `ValueError` for an unknown precision."""
+    if mixed_precision is None:
+        return accelerator.autocast
+    if mixed_precision == "no":
+        return contextlib.nullcontext
+    if mixed_precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision must be no, {', '.join(PRECISIONS)} or None, got {mixed_precision!r}.")
+    return lambda: torch.autocast(accelerator.device.type, dtype=PRECISIONS[mixed_precision])
+
+
+class _Image(NamedTuple):
+    image_id: int
+    pixel_values: torch.Tensor  # (1, 3, H, W)
+    pixel_mask: torch.Tensor | None  # (1, H, W), only from processors that pad a single image
+    size: tuple[int, int]  # height, width of the original
+
+
+class _ProcessedImages(Dataset):
+    """The images of detection data, each processed alone."""
+
+    def __init__(self, data: DetectionData, image_processor: Any):
+        self.dataset = DetectionDataset(data)
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> _Image:
+        item = self.dataset[index]
+        image = item["image"].as_subclass(torch.Tensor)  # (3, height, width) uint8
+        inputs = self.image_processor(images=[image], return_tensors="pt")
+        mask = inputs.get("pixel_mask")
+        return _Image(
+            image_id=item["annotations"]["image_id"],
+            pixel_values=inputs["pixel_values"],
+            pixel_mask=None if mask is None or bool(mask.all()) else mask,
+            size=tuple(image.shape[-2:]),
+        )
+
+
+@contextlib.contextmanager
+def _prediction_mode(model: nn.Module, single_thread: bool) -> Iterator[Executor]:
+    """Put the model in evaluation mode and make torch deterministic; yields what images are to be computed on."""
+    device = next(model.parameters()).device
+    training, threads = model.training, torch.get_num_threads()
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    single_thread = single_thread and device.type == "cpu"
+    # A forward pass that accelerate has wrapped shares one autocast state between threads.
+    parallel = single_thread and not hasattr(model, "_original_forward")
+    model.eval()
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    try:
+        if single_thread:
+            torch.set_num_threads(1)
+        with ThreadPoolExecutor(max_workers=threads if parallel else 1) as executor:
+            yield executor
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
+        model.train(training)
+
+
+@torch.no_grad()
+def _detect(
+    model: nn.Module, image_processor: Any, images: list[_Image], device: torch.device, autocast: Callable
+) -> list[tuple]:
+    """Detections of images of one size: (image_id, scores (q,), labels (q,), boxes (q, 4) xyxy in pixels)."""
+    inputs = {"pixel_values": torch.cat([image.pixel_values for image in images]).to(device, model.dtype)}
+    if images[0].pixel_mask is not None:
+        inputs["pixel_mask"] = torch.cat([image.pixel_mask for image in images]).to(device)
+    with autocast():
+        outputs = model(**inputs)
+    outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+    if not (outputs.logits.isfinite().all() and outputs.pred_boxes.isfinite().all()):
+        raise FloatingPointError(
+            f"The model predicts numbers that are not finite, for image_id {_listing(i.image_id for i in images)}."
+        )
+    detections = image_processor.post_process_object_detection(
+        outputs, threshold=0.0, target_sizes=[image.size for image in images]
+    )
+    return [
+        (image.image_id, *(detection[key].cpu().numpy() for key in ("scores", "labels", "boxes")))
+        for image, detection in zip(images, detections, strict=True)
+    ]
+
+
+def _group_by_shape(batch: list[_Image]) -> list[list[_Image]]:
+    groups: dict[tuple, list[_Image]] = {}
+    for image in batch:
+        groups.setdefault((image.pixel_values.shape, image.pixel_mask is None), []).append(image)
+    return list(groups.values())
+
+
+def _with_data_labels(detection: tuple, table: np.ndarray) -> tuple:
+    """The detection with labels of the data set; without detections of classes that it does not know."""
+    image_id, scores, labels, boxes = detection
+    labels = np.where(labels < len(table), table[np.minimum(labels, len(table) - 1)], -1)
+    known = labels >= 0
+    return image_id, scores[known], labels[known], boxes[known]
+
+
+def _score(found: list[tuple], data: DetectionData, max_detections: tuple[int, ...]) -> dict:
+    metric = CocoDetectionMetric(data.label_names, max_detections=max_detections)
+    keys = ("image_id", "scores", "labels", "boxes")
+    truth = data.dataset.with_format(None).select_columns(["image_id", "objects"])  # without decoding images
+    references = [
+        {
+            "image_id": row["image_id"],
+            "labels": row["objects"]["category"],
+            **{key: row["objects"][key] for key in ("bbox", "area", "iscrowd")},
+        }
+        for row in truth
+    ]
+    metric.add_batch(
+        predictions=[dict(zip(keys, detection, strict=True)) for detection in found],
+        references=sorted(references, key=lambda reference: reference["image_id"]),
+    )
+    return metric.compute()
+
+
+def _coco_results(found: list[tuple], category_ids: Sequence[int]) -> list[dict]:
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for image_id, scores, labels, boxes in found
+        for score, label, box in zip(scores.tolist(), labels.tolist(), xyxy_to_xywh(boxes).tolist(), strict=True)
+    ]
+
+
+def _warn_once(message: str) -> None:
+    if is_main_process():
+        logger.warning_once(message)
+
+
+def _plain(name: str) -> str:
+    return " ".join(str(name).replace("_", " ").replace("-", " ").casefold().split())
+
+
+def _is_generic(name: str) -> bool:
+    words = _plain(name).split()
+    return words[-1:] != [] and words[-1].isdigit() and words[:-1] in ([], ["label"], ["class"], ["category"])
+
+
+def _listing(names) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+
+
+def _percent(value: float | None) -> str:
+    return "     -" if value is None or value < 0 else f"{100 * value:6.2f}"

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation of a saved model as a command does it: check everything, run, write the result files."""
+
+import importlib.metadata
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .coco_metric import COCO_MAX_DETECTIONS, check_max_detections
+from .data import DetectionData, load_detection_data
+from .evaluation import EvaluationResult, align_labels, autocast_context, evaluate_detector
+from .output_files import require_writable_file, write_json
+from .saved_models import load_detector, require_model_source
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """A saved model, data and result files, all checked: what `prepare_evaluation` returns and `run` carries out."""
+
+    model: nn.Module
+    image_processor: Any
+    data: DetectionData
+    accelerator: Accelerator
+    output: Path
+    predictions: Path
+    description: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> EvaluationResult:
+        """Evaluate, and write the results on the main process."""
+        result = evaluate_detector(
+            self.model, self.image_processor, self.data, accelerator=self.accelerator, **self.options
+        )
+        if self.accelerator.is_main_process:
+            write_json(self.predictions, result.predictions)
+            report = {
+                "metrics": result.metrics,
+                "per_class": result.per_class,
+                **self.description,
+                "num_images": result.num_images,
+                "predictions": str(self.predictions),
+                "settings": {
+                    **self.options,
+                    "num_processes": self.accelerator.num_processes,
+                    "device": str(self.accelerator.device.type),
+                    "image_size": dict(getattr(self.image_processor, "size", None) or {}),
+                },
+                "versions": _versions(),
+                "seconds": round(result.seconds, 2),
+                "date": time.strftime("%Y-%m-%d"),
+            }
+            write_json(self.output, report)
+        return result
+
+
+def prepare_evaluation(
+    model: str,
+    dataset: str,
+    *,
+    output: str,
+    split: str = "val",
+    predictions: str | None = None,
+    max_samples: int | None = None,
+    device: str = "auto",
+    mixed_precision: str | None = None,
+    **options,
+) -> EvaluationJob:
+    """Check everything that an evaluation needs before it starts.
+
+    Args:
+        model: directory of a saved model, or a Hub id.
+        dataset: whatever `load_detection_data` takes.
+        output: JSON file for metrics, classes, settings and versions.
+        split: split of the data set.
+        predictions: JSON file for the detections in COCO's result format; by default `<output>_predictions.json`.
+        max_samples: evaluate the first images only.
+        device: `"auto"` (the accelerator's choice), `"cpu"`, `"cuda"` or `"cuda:1"`.
+        mixed_precision: see `evaluate_detector`, as are the options.
+
+    Raises:
+        OSError: something is not there or cannot be written.
+        ValueError: something does not fit.
+    """
+    require_model_source(model)
+    output_file = require_writable_file(output)
+    predictions_file = require_writable_file(
+        predictions or output_file.with_name(f"{output_file.stem}_predictions.json")
+    )
+    if output_file.resolve() == predictions_file.resolve():
+        raise ValueError(f"{output} cannot hold both the metrics and the predictions; give two names.")
+    check_max_detections(options.get("max_detections", COCO_MAX_DETECTIONS))
+    accelerator = _make_accelerator(device)
+    autocast_context(accelerator, mixed_precision)
+    detector, image_processor = load_detector(model)
+    data = load_detection_data(dataset, split, max_samples=max_samples)
+    align_labels(detector.config.id2label, data.label_names)
+    return EvaluationJob(
+        model=detector,
+        image_processor=image_processor,
+        data=data,
+        accelerator=accelerator,
+        output=output_file,
+        predictions=predictions_file,
+        description={"model": str(model), "dataset": dataset, "split": split},
+        options={"mixed_precision": mixed_precision, **options},
+    )
+
+
+def _make_accelerator(device: str) -> Accelerator:
+    if device == "auto":
+        return Accelerator()
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, but torch finds no CUDA device.")
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)
+    return Accelerator(cpu=kind == "cpu")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("deperceiver-hf", "torch", "torchvision", "transformers", "timm", "pycocotools")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Set prediction loss (Carion et al. 2020, "End-to-End Object Detection with Transformers", section 3.1).
+
+Predictions and objects are matched one to one at the least total cost (the Hungarian method), for all decoder layers and
+images from one cost tensor and one copy to the host; matched predictions learn class and box, all others "no object".
+
+Shapes: L decoder layers, B images, Q queries, C classes, T = the largest number of objects in an image, P matched pairs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+class DetectionTargets(NamedTuple):
+    """The objects of a batch, padded to the same number.
+
+    Attributes:
+        class_labels (`torch.Tensor` of shape `(B, T)`): Classes, 0 in the padding.
+        boxes (`torch.Tensor` of shape `(B, T, 4)`): (center x, center y, width, height) in [0, 1], float32.
+        sizes (`list[int]`): Number of objects in each image.
+    """
+
+    class_labels: torch.Tensor
+    boxes: torch.Tensor
+    sizes: list[int]
+
+
+class MatchedPairs(NamedTuple):
+    """Indices of matched predictions and objects, each `(P,)`: a prediction is `[layer, image, query]`, its object
+    `[image, target]`."""
+
+    layer: torch.Tensor
+    image: torch.Tensor
+    query: torch.Tensor
+    target: torch.Tensor
+
+
+def pad_targets(labels: list[dict[str, torch.Tensor]], device: torch.device) -> DetectionTargets:
+    """Stack the targets of all images.
+
+    Raises:
+        ValueError: An image's `class_labels` and `boxes` are missing or do not fit each other.
+    """
+    for index, target in enumerate(labels):
+        if "class_labels" not in target or "boxes" not in target:
+            raise ValueError(f"`labels[{index}]` needs 'class_labels' and 'boxes', but has {sorted(target)}.")
+        class_shape, box_shape = tuple(target["class_labels"].shape), tuple(target["boxes"].shape)
+        if len(class_shape) != 1 or box_shape != (*class_shape, 4):
+            raise ValueError(
+                f"`labels[{index}]`: 'class_labels' must be (num_objects,) and 'boxes' (num_objects, 4), but they are "
+                f"{class_shape} and {box_shape}."
+            )
+    sizes = [len(target["class_labels"]) for target in labels]
+    pad = nn.utils.rnn.pad_sequence
+    class_labels = pad([target["class_labels"].to(device).long() for target in labels], batch_first=True)
+    boxes = pad([target["boxes"].to(device).float() for target in labels], batch_first=True)
+    return DetectionTargets(class_labels, boxes, sizes)
+
+
+def center_to_corners(boxes: torch.Tensor) -> torch.Tensor:
+    """Convert boxes `(..., 4)` from (center x, center y, width, height) to (left, top, right, bottom)."""
+    center, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
+
+
+def generalized_box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
+    """Generalised IoU (Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630), in [-1, 1].
+
+    Args:
+        boxes1, boxes2 (`torch.Tensor` of shapes that broadcast to `(..., 4)`): (left, top, right, bottom).
+            With shapes `(..., Q, 1, 4)` and `(..., 1, T, 4)` all pairs are compared.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`.
+    """
+    tiny = torch.finfo(boxes1.dtype).tiny  # two empty boxes at the same place: 0, not 0 / 0
+    left1, top1, right1, bottom1 = boxes1.unbind(-1)
+    left2, top2, right2, bottom2 = boxes2.unbind(-1)
+    area1 = (right1 - left1) * (bottom1 - top1)
+    area2 = (right2 - left2) * (bottom2 - top2)
+    overlap_width = torch.minimum(right1, right2) - torch.maximum(left1, left2)
+    overlap_height = torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)
+    intersection = overlap_width.clamp(min=0) * overlap_height.clamp(min=0)
+    union = area1 + area2 - intersection
+    hull_width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
+    hull_height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
+    hull = hull_width * hull_height
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def matching_cost(
+    logits: torch.Tensor, pred_boxes: torch.Tensor, targets: DetectionTargets, config: PreTrainedConfig
+) -> torch.Tensor:
+    """Cost `(L, B, Q, T)` of giving an object to a prediction: `-p(class)`, L1 and `-GIoU` of the boxes, weighted by
+    `class_cost`, `bbox_cost` and `giou_cost`. An image's predictions are compared with its own objects only."""
+    num_layers, _, num_queries, _ = logits.shape
+    classes = targets.class_labels[None, :, None].expand(num_layers, -1, num_queries, -1)
+    class_cost = -logits.softmax(-1).gather(-1, classes)
+    bbox_cost = torch.cdist(pred_boxes, targets.boxes.expand(num_layers, -1, -1, -1), p=1)
+    giou_cost = -generalized_box_iou(
+        center_to_corners(pred_boxes)[..., None, :], center_to_corners(targets.boxes)[:, None]
+    )
+    return config.class_cost * class_cost + config.bbox_cost * bbox_cost + config.giou_cost * giou_cost
+
+
+@torch.no_grad()
+def hungarian_match(
+    logits: torch.Tensor, pred_boxes: torch.Tensor, targets: DetectionTargets, config: PreTrainedConfig
+) -> MatchedPairs:
+    """Match predictions and objects one to one at the least total cost, in every layer and image by itself.
+
+    Where there are more objects than queries, the objects that are cheapest to leave out stay unmatched.
+
+    Args:
+        logits (`torch.Tensor` of shape `(L, B, Q, C + 1)`): Class logits, float32.
+        pred_boxes (`torch.Tensor` of shape `(L, B, Q, 4)`): (center x, center y, width, height) in [0, 1], float32.
+        targets (`DetectionTargets`): Objects of the batch.
+        config (`PreTrainedConfig`): Gives `class_cost`, `bbox_cost`, `giou_cost`.
+
+    Raises:
+        FloatingPointError: Predictions or target boxes are not finite; says which.
+        ValueError: A class label is not one of the model's.
+    """
+    num_layers, batch_size, num_queries, num_outputs = logits.shape
+    class_labels = targets.class_labels
+    problems = {
+        "logits": ~logits.isfinite().all(),
+        "pred_boxes": ~pred_boxes.isfinite().all(),
+        "target boxes": ~targets.boxes.isfinite().all(),
+        "class_labels": ((class_labels < 0) | (class_labels > num_outputs - 2)).any(),
+    }
+    labels_in_range = targets._replace(class_labels=class_labels.clamp(0, num_outputs - 2))
+    cost = matching_cost(logits, pred_boxes, labels_in_range, config)
+    # One copy brings the costs and the verdicts on the inputs to the host.
+    flags = torch.stack(list(problems.values())).to(cost.dtype)
+    on_host = torch.cat((flags, cost.flatten())).cpu()
+    found = [name for name, flag in zip(problems, on_host[: len(problems)].tolist(), strict=True) if flag]
+    if "class_labels" in found:
+        raise ValueError(
+            f"`class_labels` must be in [0, {num_outputs - 1}) for a model with {num_outputs - 1} classes. Use "
+            f"contiguous labels, and a model whose `num_labels` is that of the dataset."
+        )
+    if found:
+        raise FloatingPointError(f"matching needs finite numbers, but these are not: {', '.join(found)}.")
+    costs = on_host[len(problems) :].view(num_layers, batch_size, num_queries, -1).numpy()
+
+    pairs: list[tuple[int, int, int, int]] = []
+    for layer in range(num_layers):
+        for image, size in enumerate(targets.sizes):
+            queries, objects = linear_sum_assignment(costs[layer, image, :, :size])
+            pairs.extend((layer, image, int(q), int(t)) for q, t in zip(queries, objects, strict=True))
+    indices = torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.contiguous()
+    return MatchedPairs(*indices.to(logits.device, non_blocking=True))
+
+
+def mean_boxes_per_process(num_boxes: int, device: torch.device) -> torch.Tensor:
+    """Objects in all processes' batches divided by the number of processes, at least 1.
+
+    Distributed training averages gradients over processes, so with this divisor they equal those of one process that
+    holds the joint batch.
+    """
+    total = torch.tensor(float(num_boxes), device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+        total = total / torch.distributed.get_world_size()
+    return total.clamp(min=1)
+
+
+def set_prediction_loss(
+    logits: torch.Tensor, pred_boxes: torch.Tensor, labels: list[dict[str, torch.Tensor]], config: PreTrainedConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of all decoder layers, computed in float32 whatever the precision around it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(L, B, Q, C + 1)`): Class logits, the last class is "no object".
+        pred_boxes (`torch.Tensor` of shape `(L, B, Q, 4)`): (center x, center y, width, height) in [0, 1].
+        labels (`list[dict[str, torch.Tensor]]`): Per image `class_labels` `(n,)` and `boxes` `(n, 4)`.
+        config (`PreTrainedConfig`): Gives the `*_cost` and `*_loss_coefficient` weights and `eos_coefficient`.
+
+    Returns:
+        The weighted sum, and the unweighted terms: `loss_ce`, `loss_bbox`, `loss_giou`, `class_error` (percent of
+        matched predictions whose best class is wrong), `cardinality_error` (absolute error in the number of objects
+        per image) of the last layer, and the same but `class_error` with the suffix `_{layer}` for the earlier ones.
+
+    Raises:
+        FloatingPointError: Predictions or target boxes are not finite.
+        ValueError: `labels` do not fit the predictions.
+    """
+    if len(labels) != logits.shape[1]:
+        raise ValueError(f"got `labels` of {len(labels)} images for predictions of {logits.shape[1]}.")
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        logits, pred_boxes = logits.float(), pred_boxes.float()
+        targets = pad_targets(labels, logits.device)
+        pairs = hungarian_match(logits, pred_boxes, targets, config)
+        return _loss_of_pairs(logits, pred_boxes, targets, pairs, config)
+
+
+def _loss_of_pairs(
+    logits: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    targets: DetectionTargets,
+    pairs: MatchedPairs,
+    config: PreTrainedConfig,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    num_layers = logits.shape[0]
+    no_object = logits.shape[-1] - 1
+    predictions = (pairs.layer, pairs.image, pairs.query)
+    objects = (pairs.image, pairs.target)
+
+    matched_classes = targets.class_labels[objects]
+    target_classes = logits.new_full(logits.shape[:-1], no_object, dtype=torch.long).index_put(
+        predictions, matched_classes
+    )
+    nll = -logits.log_softmax(-1).gather(-1, target_classes[..., None])[..., 0]  # (L, B, Q)
+    weight = torch.where(target_classes == no_object, config.eos_coefficient, 1.0)
+    loss_ce = (weight * nll).sum((1, 2)) / weight.sum((1, 2))
+
+    boxes, target_boxes = pred_boxes[predictions], targets.boxes[objects]  # (P, 4)
+    l1 = (boxes - target_boxes).abs().sum(-1)
+    giou = generalized_box_iou(center_to_corners(boxes), center_to_corners(target_boxes))
+    num_boxes = mean_boxes_per_process(sum(targets.sizes), logits.device)
+    zeros = l1.new_zeros(num_layers)
+    loss_bbox = zeros.index_add(0, pairs.layer, l1) / num_boxes
+    loss_giou = zeros.index_add(0, pairs.layer, 1 - giou) / num_boxes
+
+    coefficients = (config.class_loss_coefficient, config.bbox_loss_coefficient, config.giou_loss_coefficient)
+    terms = (loss_ce, loss_bbox, loss_giou)
+    loss = sum(coefficient * term.sum() for coefficient, term in zip(coefficients, terms, strict=True))
+
+    with torch.no_grad():
+        best = logits.argmax(-1)
+        sizes = torch.tensor(targets.sizes, dtype=torch.float32).to(logits.device, non_blocking=True)
+        cardinality_error = ((best != no_object).sum(-1).float() - sizes).abs().mean(-1)
+        correct = zeros.index_add(0, pairs.layer, (best[predictions] == matched_classes).float())[-1]
+        class_error = 100 - 100 * correct * num_layers / max(len(matched_classes), 1)
+    loss_dict = {"class_error": class_error}
+    named = zip(
+        ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"), (*terms, cardinality_error), strict=True
+    )
+    for name, values in named:
+        for layer, value in enumerate(values.detach()):
+            loss_dict[name if layer == num_layers - 1 else f"{name}_{layer}"] = value
+    return loss, loss_dict

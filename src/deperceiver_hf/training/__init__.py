@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of a detector: options, model building, the loop, checkpoints and logs."""
+
+from .arguments import TrainingOptions, parse_arguments
+from .building import build_image_processor, build_model, deperceiver_config, detr_config
+from .detr_baseline import DetrForObjectDetection
+from .trainer import DetectionTrainer, NonFiniteLossError, TrainingResult
+
+__all__ = [
+    "DetectionTrainer",
+    "DetrForObjectDetection",
+    "NonFiniteLossError",
+    "TrainingOptions",
+    "TrainingResult",
+    "build_image_processor",
+    "build_model",
+    "deperceiver_config",
+    "detr_config",
+    "parse_arguments",
+]

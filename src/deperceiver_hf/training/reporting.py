@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a training run: averaged over steps and processes, to a file, to trackers and to the progress bar."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..output_files import atomic_path
+from .checkpoints import TrainingProgress
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        interrupted: It was asked to stop and can be resumed from `state`.
+        state: Directory of the newest training state.
+        step: Optimizer steps done.
+        epoch: Epochs done.
+        best_ap: The highest AP of all evaluations; `None` if there was none.
+        best_model: Directory of the model that reached it; `None` if none was kept.
+        last_model: Directory of the model at the end; `None` if interrupted.
+        metrics: Of the last evaluation.
+        seconds: Spent training, over all resumptions.
+    """
+
+    interrupted: bool
+    state: str
+    step: int
+    epoch: int
+    best_ap: float | None
+    best_model: str | None
+    last_model: str | None
+    metrics: dict[str, float]
+    seconds: float
+
+    def summary(self) -> str:
+        """A few lines for the user."""
+        done = f"{self.step} steps ({self.epoch} epochs) in {self.seconds:.0f} s"
+        if self.interrupted:
+            return f"Interrupted after {done}. The state is in {self.state}: go on with --resume auto."
+        lines = [f"Trained {done}."]
+        if self.best_ap is not None:
+            lines.append(f"Best AP {100 * self.best_ap:.2f}: {self.best_model}")
+        return "\n".join([*lines, f"Last model: {self.last_model}"])
+
+
+class TrainingLog:
+    """Collects numbers on the device and fetches them once for each line of the log.
+
+    `metrics.jsonl` has two kinds of lines. `"kind": "train"`: `step` (optimizer steps done), `epoch` (a fraction),
+    `loss` and its terms, `grad_norm` (before clipping), learning rates, `images_per_second` and `seconds` of training;
+    the losses and the norm are means since the line before, over all processes. `"kind": "eval"`: `step`, `epoch` and
+    the COCO metrics.
+
+    Args:
+        accelerator: With trackers, if there are any.
+        output_dir: Where the file is.
+        resumed_from: What a resumed run starts from; later lines of the file are taken back.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, resumed_from: TrainingProgress | None = None):
+        self.accelerator = accelerator
+        self.path = output_dir / METRICS_FILE
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
+        self._images = 0
+        self._since = time.perf_counter()
+        if resumed_from is not None and accelerator.is_main_process and self.path.exists():
+            self._take_back(resumed_from)
+
+    def add(self, values: dict[str, torch.Tensor], images: int = 0) -> None:
+        """Add numbers of this process, without waiting for the device; those that are not finite do not count."""
+        for name, value in values.items():
+            value = value.detach().float()
+            finite = value.isfinite()
+            zero = torch.zeros_like(value)
+            self._sums[name] = self._sums.get(name, zero) + torch.where(finite, value, zero)
+            self._counts[name] = self._counts.get(name, zero) + finite
+        self._images += images
+
+    def write_training(
+        self, progress: TrainingProgress, epoch: float, rates: dict[str, float], bar: tqdm | None = None
+    ) -> None:
+        """Write the means since the last line; every process must call this."""
+        if not self._sums:
+            return
+        names = sorted(self._sums)
+        sums = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names])
+        sums = self.accelerator.reduce(sums, reduction="sum").tolist()
+        means = {name: total / count if count else None for name, (total, count) in zip(names, sums, strict=True)}
+        now = time.perf_counter()
+        speed = self._images * self.accelerator.num_processes / max(now - self._since, 1e-9)
+        self._sums, self._counts, self._images, self._since = {}, {}, 0, now
+        self._write(
+            "train",
+            progress,
+            {"epoch": round(epoch, 4), **means, **rates, "images_per_second": speed, "seconds": progress.seconds},
+        )
+        if bar is not None:
+            shown = {name: means[name] for name in ("loss", "loss_ce", "loss_bbox", "loss_giou") if name in means}
+            bar.set_postfix({name: f"{value:.3g}" for name, value in (shown | rates).items() if value is not None})
+
+    def write_evaluation(self, progress: TrainingProgress, epoch: float, metrics: dict[str, float]) -> None:
+        """Write the metrics of an evaluation."""
+        self._write("eval", progress, {"epoch": epoch, **metrics})
+        self._since = time.perf_counter()
+
+    def _write(self, kind: str, progress: TrainingProgress, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "step": progress.step, **values}) + "\n")
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if value is not None}
+        self.accelerator.log(numbers, step=progress.step)
+
+    def _take_back(self, progress: TrainingProgress) -> None:
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the line that was being written when the run was killed
+                continue
+            if entry["step"] <= (progress.step if entry["kind"] == "train" else progress.closed_step):
+                kept.append(line + "\n")
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")

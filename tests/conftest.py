@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files share. Nothing here is downloaded: models are tiny and random, data are drawn."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from deperceiver_hf import DePerceiverConfig, DePerceiverForObjectDetection
+
+
+def tiny_config(**overrides) -> DePerceiverConfig:
+    """A model of a fraction of a second: every part is there, every size is small and different."""
+    fields = {
+        "backbone": "test_resnet",
+        "feature_strides": [16],
+        "num_latents": 12,
+        "d_latents": 24,
+        "d_model": 20,
+        "num_blocks": 2,
+        "num_self_attends_per_block": 3,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 2,
+        "num_queries": 7,
+        "num_labels": 5,
+    }
+    return DePerceiverConfig(**{**fields, **overrides})
+
+
+def tiny_model(**overrides) -> DePerceiverForObjectDetection:
+    """A model of [`tiny_config`], the same at every call, in evaluation mode."""
+    torch.manual_seed(0)
+    return DePerceiverForObjectDetection(tiny_config(**overrides)).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two images (2, 3, 64, 96)."""
+    return torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels() -> list[dict[str, torch.Tensor]]:
+    """Three objects in the first image, none in the second."""
+    boxes = [[0.5, 0.5, 0.2, 0.4], [0.2, 0.3, 0.1, 0.1], [0.7, 0.6, 0.5, 0.3]]
+    return [
+        {"class_labels": torch.tensor([0, 4, 2]), "boxes": torch.tensor(boxes)},
+        {"class_labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)},
+    ]
