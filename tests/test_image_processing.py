@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 
 from deperceiver_hf.image_processing_deperceiver import DePerceiverImageProcessor, resized_size
@@ -267,6 +268,15 @@ def test_images_of_different_kinds_share_a_batch(processor, tmp_path):
 def test_what_is_not_an_image_is_refused(processor, image, message):
     with pytest.raises(ValueError, match=message):
         processor(image, return_tensors="pt")
+
+
+@pytest.mark.parametrize("do_resize", [True, False])
+def test_torchvision_images_become_plain_tensors(processor, do_resize):
+    image = tv_tensors.Image(picture(50, 60))
+    values = processor(image, do_resize=do_resize, return_tensors="pt")["pixel_values"]
+    expected = processor(picture(50, 60), do_resize=do_resize, return_tensors="pt")["pixel_values"]
+    assert type(values) is torch.Tensor
+    assert torch.equal(values, expected)
 
 
 def test_a_tensor_given_is_not_changed(processor):

@@ -251,7 +251,6 @@ class DetectionProcessingMixin:
             ]
         images = [torch.as_tensor(image) for image in images]
 
-        data = {}
         if do_pad:
             pixel_values, pixel_mask = zero_batch([tuple(image.shape) for image in images], pad_size, images[0].device)
             data = {"pixel_values": pixel_values, "pixel_mask": pixel_mask}
@@ -263,7 +262,8 @@ class DetectionProcessingMixin:
                     f"Images of different shapes {sorted(shapes)} cannot be one tensor without padding; use "
                     "do_pad=True, or leave out return_tensors to get a list."
                 )
-            data["pixel_values"] = regions = [torch.empty(image.shape, device=image.device) for image in images]
+            regions = [torch.empty(image.shape, dtype=torch.float32, device=image.device) for image in images]
+            data = {"pixel_values": regions}
 
         # Pixels are scaled where the batch holds them: the padding stays 0, and no copy of the batch is made.
         for region, image in zip(regions, images, strict=True):
@@ -351,7 +351,8 @@ def zero_batch(
                 f"{height} x {width}; give a larger `pad_size` or a smaller `size`."
             )
         pixel_mask[i, :image_height, :image_width] = 1
-    return torch.zeros(len(shapes), shapes[0][0], height, width, device=device), pixel_mask
+    pixel_values = torch.zeros(len(shapes), shapes[0][0], height, width, dtype=torch.float32, device=device)
+    return pixel_values, pixel_mask
 
 
 def coco_to_target(

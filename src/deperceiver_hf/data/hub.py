@@ -72,8 +72,9 @@ def load_hub_data(
 
     report = LoadingReport(f"{source}/{split_name}")
     categories, label_names = _read_categories(splits, objects_key, category_key)
-    images = raw.select_columns(image_key).cast_column(image_key, Image(decode=False))
-    headers = list(_iterate_headers(images, image_key))
+    images = raw.select_columns(image_key).rename_columns({} if image_key == "image" else {image_key: "image"})
+    images = images.cast_column("image", Image(decode=False))
+    headers = list(_iterate_headers(images))
     plain = raw.select_columns([name for name in raw.column_names if name != image_key])
     image_ids = _read_image_ids(plain, report)
     for image_id, header in zip(image_ids, headers, strict=True):
@@ -92,9 +93,9 @@ def load_hub_data(
     columns = record_columns(image_ids, sizes, annotations, report, rotations)
     features = DETECTION_FEATURES.copy()
     features.pop("image")
-    records = concatenate_datasets(
-        [images.rename_column(image_key, "image"), Dataset.from_dict(columns, features=features)], axis=1
-    ).cast_column("image", Image())
+    records = concatenate_datasets([images, Dataset.from_dict(columns, features=features)], axis=1).cast_column(
+        "image", Image()
+    )
     kept = [row for row, header in enumerate(headers) if header is not None]
     if len(kept) < len(headers):
         records = records.select(kept)
@@ -226,10 +227,10 @@ def _append_objects(
         annotations.append(row, label, box, one.get("area"), one.get("iscrowd"), one.get("id"))
 
 
-def _iterate_headers(images: Dataset, image_key: str) -> Iterator[ImageHeader | None]:
+def _iterate_headers(images: Dataset) -> Iterator[ImageHeader | None]:
     """Headers of all images; of images stored in the data set, only the pages that hold the header are read."""
     for batch in images.with_format("arrow").iter(batch_size=1000):
-        column = batch[image_key].combine_chunks() if isinstance(batch, pa.Table) else batch[image_key]
+        column = batch["image"].combine_chunks()
         for scalar in column:
             content, path = scalar["bytes"], scalar["path"].as_py() if scalar.is_valid else None
             if scalar.is_valid and content.is_valid:

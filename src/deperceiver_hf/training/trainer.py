@@ -115,7 +115,7 @@ class DetectionTrainer:
         # Not prepared: accelerate would step the schedule once for each process.
         self.accelerator.register_for_checkpointing(self.scheduler)
 
-        self.progress = TrainingProgress()
+        self.progress, self.state = TrainingProgress(), state
         if state is not None:
             self.progress = load_state(self.accelerator, state, self.fingerprint())
             logger.info(f"Resumed from {state} after {self.progress.step} steps.")
@@ -359,6 +359,8 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
         project_dir=options.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("float16 training (--amp) needs a GPU; on a CPU use --use_bfloat or no mixed precision.")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give --gradient_accumulation_steps to the script, not to `accelerate launch`.")
     return accelerator
