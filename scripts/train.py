@@ -7,6 +7,8 @@ Ends with code 2 if the options cannot be carried out, 1 if the loss ceases to b
 import logging
 import sys
 
+from accelerate import PartialState
+
 from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, parse_arguments
 
 
@@ -28,7 +30,8 @@ def main() -> int:
 
 
 def fail(error: Exception, code: int) -> int:
-    logging.getLogger("deperceiver_hf").error(f"train.py: error: {error}")
+    if PartialState().is_main_process:
+        print(f"train.py: error: {error}", file=sys.stderr)
     return code
 
 

@@ -29,7 +29,7 @@ def coco_content() -> dict:
             for image_id, (width, height) in SIZES.items()
         ],
         "annotations": [
-            annotation(11, 7, 90, [1.25, 2.5, 10.1, 20.2], area=123.5, segmentation=[[1, 2, 3, 4, 5, 6]]),
+            annotation(11, 7, 90, [2.3, 2.5, 10.1, 20.2], area=123.5, segmentation=[[1, 2, 3, 4, 5, 6]]),
             annotation(12, 3, 1, [0, 0, 40, 60], area=2000.0),
             annotation(13, 7, 13, [30.3, 10.7, 29.7, 29.3]),
             annotation(14, 25, 11, [5, 5, 20, 20], area=300.0) | {"iscrowd": 1},

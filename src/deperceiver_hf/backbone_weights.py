@@ -67,8 +67,8 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> 
     if problems:
         raise ValueError(
             f"the weights of {str(source)!r} do not fit the backbone {_describe(backbone)}: {len(problems)} of its "
-            f"{len(expected)} tensors are missing there or have another shape, such as {problems[:3]}. Name weights of "
-            f"the same architecture."
+            f"{len(expected)} tensors are missing there or have another shape, such as {problems[:3]}. Name weights "
+            f"of the same architecture."
         )
     target.load_state_dict(usable, strict=False)
 

@@ -64,6 +64,10 @@ class DePerceiverConfig(PreTrainedConfig):
         Applies to backbones with stages named `layer1`... (ResNets of timm) or `stages.0`...
     freeze_backbone (`bool`, *optional*, defaults to `False`):
         Train no parameter of the backbone.
+    mask_padding (`bool`, *optional*, defaults to `True`):
+        Keep what is padding in `pixel_mask` at zero all the way through the backbone, so that a prediction does not
+        depend on what an image is padded to: exactly for ResNets and others without global pooling whose strided layers
+        round up. `False` is the original's behaviour, in which image borders depend on it.
     dilation (`bool`, *optional*, defaults to `False`):
         Replace the stride of the backbone's last stage by dilation ("DC5"); the map called 32 in `feature_strides`
         then has 16 pixels per cell. timm backbones only.
@@ -73,7 +77,7 @@ class DePerceiverConfig(PreTrainedConfig):
     position_embedding_type (`str`, *optional*, defaults to `"sine"`):
         `"sine"` (DETR's normalised 2-D encoding) or `"learned"` (one embedding per row and per column).
     num_position_embeddings (`int`, *optional*, defaults to 50):
-        Rows and columns in the tables of learned positions. A larger feature map reads the tables interpolated.
+        Rows and columns in the tables of learned positions: the largest feature map that the model takes.
     num_latents (`int`, *optional*, defaults to 1024):
         Length of the latent array.
     d_latents (`int`, *optional*, defaults to 256):
@@ -163,6 +167,7 @@ class DePerceiverConfig(PreTrainedConfig):
     freeze_batch_norm: bool = True
     frozen_backbone_stages: int = 1
     freeze_backbone: bool = False
+    mask_padding: bool = True
     dilation: bool = False
     feature_strides: int | list[int] = 32
     position_embedding_type: Literal["sine", "learned"] = "sine"
@@ -233,12 +238,13 @@ class DePerceiverConfig(PreTrainedConfig):
         strides = self.feature_strides
         if not strides or strides != sorted(set(strides)) or not set(strides) <= set(NOMINAL_STRIDES):
             raise ValueError(
-                f"`feature_strides` must be one of {list(NOMINAL_STRIDES)} or an ascending list of them, not {strides}."
+                f"`feature_strides` must be one of {NOMINAL_STRIDES} or an ascending list of them, not {strides}."
             )
         for name in (
             "num_channels", "num_position_embeddings", "num_latents", "d_latents", "d_model", "num_blocks",
-            "num_self_attends_per_block", "num_self_attention_heads", "num_decoder_self_attention_heads", "num_cross_attention_heads",
-            "self_attention_widening_factor", "cross_attention_widening_factor", "decoder_layers", "num_queries",
+            "num_self_attends_per_block", "num_self_attention_heads", "num_decoder_self_attention_heads",
+            "num_cross_attention_heads", "self_attention_widening_factor", "cross_attention_widening_factor",
+            "decoder_layers", "num_queries",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
@@ -271,9 +277,7 @@ class DePerceiverConfig(PreTrainedConfig):
                 f"cosine for each of two axes."
             )
         if self.frozen_backbone_stages < -1:
-            raise ValueError(
-                f"`frozen_backbone_stages` must be -1 (none) or more, not {self.frozen_backbone_stages}."
-            )
+            raise ValueError(f"`frozen_backbone_stages` must be -1 (none) or more, not {self.frozen_backbone_stages}.")
         if self.auxiliary_loss and self.decoder_type != "layered":
             raise ValueError(
                 "`auxiliary_loss=True` needs `decoder_type='layered'`: the 'cross_attention' decoder has one output."

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversion of checkpoints of the authors' code (PyTorch Lightning, 2021) to this model.
 
-Lightning checkpoints hold no hyper-parameters, so the architecture is read off the names and shapes of the weights. Two
-things leave no trace in them and are arguments: how often the encoder's shared block is applied, and dilation.
+Lightning checkpoints hold no hyper-parameters, so the architecture is read off the names and shapes of the weights.
+Two things leave no trace in them and are arguments: how often the encoder's shared block is applied, and dilation.
 """
 
 import re
@@ -83,9 +83,9 @@ def load_original(
         source (`str`, `PathLike` or `Mapping`): A Lightning `.ckpt` or `.pth` file, or what such a file holds: a state
             dict, possibly nested under `"state_dict"`, possibly with the loss's `criterion.` entries.
         num_blocks (`int`): Passes through the encoder's shared block (`--enc_blocks`). The weights do not tell it.
-        position_embedding_type (`str`, *optional*): `"sine"` or `"learned"`, if it is to be checked; the weights tell it.
+        position_embedding_type (`str`, *optional*): `"sine"` or `"learned"`, to be checked: the weights tell it.
         dilation (`bool`): Whether the model was trained with `--dilation`. The weights do not tell it.
-        **config_overrides: Other fields of [`DePerceiverConfig`], such as loss weights, numbers of heads or `id2label`.
+        **config_overrides: Other fields of [`DePerceiverConfig`], such as loss weights, heads or `id2label`.
 
     Returns:
         `DePerceiverForObjectDetection` in evaluation mode, float32, all weights loaded.
@@ -117,9 +117,9 @@ def load_original(
     ]
     if missing or unexpected or misshapen:
         raise ValueError(
-            f"this checkpoint does not fit the DePerceiver that its names describe: {len(missing)} weights are missing "
-            f"(such as {missing[:3]}), {len(unexpected)} are unknown (such as {unexpected[:3]}), {len(misshapen)} have "
-            f"another shape (such as {misshapen[:3]})."
+            f"this checkpoint does not fit the DePerceiver that its names describe: {len(missing)} weights are "
+            f"missing (such as {missing[:3]}), {len(unexpected)} are unknown (such as {unexpected[:3]}), "
+            f"{len(misshapen)} have another shape (such as {misshapen[:3]})."
         )
     model.load_state_dict(converted)
     return model.eval()
@@ -136,8 +136,8 @@ def _read_state_dict(source: str | PathLike | Mapping[str, Any]) -> dict[str, to
         except Exception as error:  # torch.load raises whatever its many formats do
             raise ValueError(
                 f"{described} cannot be read as a PyTorch checkpoint of tensors ({type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else 'no message'}). If it holds other pickled objects and "
-                f"you trust it, save its weights alone: torch.save({{'state_dict': ...}}, FILE)."
+                f"{str(error).splitlines()[0] if str(error) else 'no message'}). If it holds other pickled objects "
+                f"and you trust it, save its weights alone: torch.save({{'state_dict': ...}}, FILE)."
             ) from error
     if isinstance(source, Mapping) and isinstance(source.get("state_dict"), Mapping):
         source = source["state_dict"]
@@ -184,6 +184,7 @@ def _infer_config(state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
         "backbone": _backbone_name(shapes),
         "num_channels": shapes[f"{BACKBONE}conv1.weight"][1],
         "feature_strides": strides,
+        "mask_padding": False,
         "position_embedding_type": "learned" if learned else "sine",
         "num_latents": num_latents,
         "d_latents": d_latents,
@@ -224,7 +225,7 @@ def _stage_channels(shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
 
 
 def _backbone_name(shapes: dict[str, tuple[int, ...]]) -> str:
-    """The shallowest ResNet whose first stages are those of the checkpoint (which lacks stages that it did not use)."""
+    """The shallowest ResNet whose first stages are those of the checkpoint (which lacks unused stages)."""
     blocks = tuple(_stage_blocks(shapes).values())
     bottleneck = f"{BACKBONE}layer1.0.conv3.weight" in shapes
     for name, depths in RESNET_DEPTHS.items():

@@ -81,7 +81,7 @@ def evaluate_detector(
         model: any object detection model of transformers; it is moved to the accelerator's device.
         image_processor: its processor. Each image is processed alone, so nothing is padded.
         data: the images with their objects. The classes of model and data are matched by name (`align_labels`).
-        accelerator: by default a new one.
+        accelerator: by default that of `make_accelerator`.
         batch_size: images of one process that are in memory at a time; on a CPU, also computed at a time.
         num_workers: processes that load and resize images, for each process.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`; by default what the accelerator is set to.
@@ -100,7 +100,7 @@ def evaluate_detector(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     max_detections = check_max_detections(max_detections)
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or make_accelerator()
     autocast = autocast_context(accelerator, mixed_precision)
     model = accelerator.unwrap_model(model)
     model = getattr(model, "_orig_mod", model).to(accelerator.device)  # uncompiled: every image size would compile
@@ -184,6 +184,31 @@ def align_labels(id2label: Mapping[int, str], label_names: Sequence[str]) -> np.
     if unknown:
         _warn_once(f"{len(unknown)} classes of the data are not among the model's: {_listing(unknown)}.")
     return table
+
+
+def make_accelerator(device: str = "auto") -> Accelerator:
+    """The accelerator for `"cpu"`, `"cuda"`, `"cuda:1"`, ..., or for the best device there is (`"auto"`).
+
+    Unlike `Accelerator()`, it makes a group of the processes that `torchrun` starts on a machine without a GPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device == "auto":
+        return Accelerator(cpu=not torch.accelerator.is_available())
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        if (chosen.index or 0) >= count:
+            raise ValueError(f"device {device!r} was asked for, but torch finds {count} CUDA devices.")
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)
+    return Accelerator(cpu=chosen.type == "cpu")
 
 
 def autocast_context(accelerator: Accelerator, mixed_precision: str | None) -> Callable:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from .coco_metric import COCO_MAX_DETECTIONS, check_max_detections
 from .data import DetectionData, load_detection_data
-from .evaluation import EvaluationResult, align_labels, autocast_context, evaluate_detector
+from .evaluation import EvaluationResult, align_labels, autocast_context, evaluate_detector, make_accelerator
 from .output_files import require_writable_file, write_json
 from .saved_models import load_detector, require_model_source
 
@@ -95,7 +94,7 @@ def prepare_evaluation(
     if output_file.resolve() == predictions_file.resolve():
         raise ValueError(f"{output} cannot hold both the metrics and the predictions; give two names.")
     check_max_detections(options.get("max_detections", COCO_MAX_DETECTIONS))
-    accelerator = _make_accelerator(device)
+    accelerator = make_accelerator(device)
     autocast_context(accelerator, mixed_precision)
     detector, image_processor = load_detector(model)
     data = load_detection_data(dataset, split, max_samples=max_samples)
@@ -110,20 +109,6 @@ def prepare_evaluation(
         description={"model": str(model), "dataset": dataset, "split": split},
         options={"mixed_precision": mixed_precision, **options},
     )
-
-
-def _make_accelerator(device: str) -> Accelerator:
-    if device == "auto":
-        return Accelerator()
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.")
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} was asked for, but torch finds no CUDA device.")
-        if torch.device(device).index is not None:
-            torch.cuda.set_device(device)
-    return Accelerator(cpu=kind == "cpu")
 
 
 def _versions() -> dict[str, str]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set prediction loss (Carion et al. 2020, "End-to-End Object Detection with Transformers", section 3.1).
 
-Predictions and objects are matched one to one at the least total cost (the Hungarian method), for all decoder layers and
-images from one cost tensor and one copy to the host; matched predictions learn class and box, all others "no object".
+Predictions and objects are matched one to one at the least total cost (the Hungarian method), for all decoder layers
+and images from one cost tensor and one copy to the host; matched predictions learn class and box, all others
+"no object".
 
-Shapes: L decoder layers, B images, Q queries, C classes, T = the largest number of objects in an image, P matched pairs.
+Shapes: L decoder layers, B images, Q queries, C classes, T = most objects in an image, P matched pairs.
 """
 
 from typing import NamedTuple
@@ -238,9 +239,7 @@ def _loss_of_pairs(
         correct = zeros.index_add(0, pairs.layer, (best[predictions] == matched_classes).float())[-1]
         class_error = 100 - 100 * correct * num_layers / max(len(matched_classes), 1)
     loss_dict = {"class_error": class_error}
-    named = zip(
-        ("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"), (*terms, cardinality_error), strict=True
-    )
+    named = zip(("loss_ce", "loss_bbox", "loss_giou", "cardinality_error"), (*terms, cardinality_error), strict=True)
     for name, values in named:
         for layer, value in enumerate(values.detach()):
             loss_dict[name if layer == num_layers - 1 else f"{name}_{layer}"] = value

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Pipeline, pipeline
@@ -188,12 +188,14 @@ def prepare_prediction(
         require_supervision()
     files = find_images(inputs, leave_out=Path(output_dir) / PICTURE_DIRECTORY)
     directory = require_writable_directory(output_dir)
-    detector, image_processor = load_detector(model)
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    chosen = best if device == "auto" else device
     try:
-        chosen = PartialState().device if device == "auto" else device
-        runner = pipeline("object-detection", model=detector, image_processor=image_processor, device=chosen)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    detector, image_processor = load_detector(model)
+    runner = pipeline("object-detection", model=detector, image_processor=image_processor, device=chosen)
     return PredictionJob(str(model), runner, files, directory, threshold, batch_size, draw)
 
 

@@ -56,8 +56,11 @@ def require_model_source(source: str) -> None:
         return
     try:
         validate_repo_id(source)
+        is_id = len(path.parts) == 1 or not path.parent.is_dir()  # `outputs/run` beside `outputs/` is no Hub id
     except HFValidationError:
-        raise FileNotFoundError(f"There is no directory {source}.") from None
+        is_id = False
+    if not is_id:
+        raise FileNotFoundError(f"There is no directory {source}.")
 
 
 def _first_sentences(error: Exception) -> str:

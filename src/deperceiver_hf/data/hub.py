@@ -7,6 +7,7 @@ What is understood: an image column and an `objects` column, either lists of val
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,7 +247,8 @@ def _read_image_ids(plain: Dataset, report: LoadingReport) -> np.ndarray:
     stored = list(_iterate_rows(plain.select_columns("image_id"), "image_id"))
     numbers = [as_integer(value) for value in stored]
     if None in numbers or len(set(numbers)) < len(numbers):
-        example = next((v for v, n in zip(stored, numbers, strict=True) if n is None or numbers.count(n) > 1), None)
+        times = Counter(numbers)
+        example = next(v for v, n in zip(stored, numbers, strict=True) if n is None or times[n] > 1)
         report.add("renumbered_images", f"image_id {example!r}")
         return rows
     return np.asarray(numbers, dtype=np.int64)

@@ -106,8 +106,7 @@ def paint_shape(canvas: np.ndarray, shape: Shape, colour: np.ndarray) -> None:
     factor = _SUPERSAMPLING
     mask = PIL.Image.new("L", ((right - left) * factor, (bottom - top) * factor))
     draw = PIL.ImageDraw.Draw(mask)
-    # Pillow paints whole pixels around the corners it is given: half a fine pixel less puts the edge where it belongs.
-    corners = (shape.outline - (left, top)) * factor - 0.5
+    corners = (shape.outline - (left, top)) * factor
     draw.polygon(corners.ravel().tolist(), fill=255)
     if SHAPES[shape.label] == "ring":
         centre = corners.mean(axis=0)

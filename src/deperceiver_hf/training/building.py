@@ -4,7 +4,6 @@
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, DetrConfig, PreTrainedModel
 
@@ -15,8 +14,6 @@ from ..modeling_deperceiver import DePerceiverForObjectDetection
 from ..saved_models import require_model_source
 from .arguments import TrainingOptions
 from .detr_baseline import DetrForObjectDetection
-
-logger = get_logger(__name__)
 
 DEFAULT_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -54,7 +51,9 @@ def build_model(
         for parameter in backbone_parameters(model).values():
             parameter.requires_grad_(False)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The method's name in later versions of transformers, and in earlier ones.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return model
 
 
@@ -166,8 +165,11 @@ def _create_detr(options: TrainingOptions, label_names: list[str], weights: str 
         load_backbone_weights(backbone, weights)
         model.model.backbone.model.load_state_dict(backbone._backbone.state_dict())
     elif options.no_pretrained_backbone:
-        # With batch normalisation that learns; transformers' frozen one reads its weights afterwards.
+        # With batch normalisation that learns; transformers' frozen one reads the same names afterwards.
         model.model.backbone.model = backbone._backbone
+        for module in backbone.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.num_batches_tracked = None
     return model
 
 
@@ -183,8 +185,6 @@ def _load_model(options: TrainingOptions, label_names: list[str]) -> PreTrainedM
     model, report = MODEL_CLASSES[config.model_type].from_pretrained(
         options.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
     )
-    for name, saved, wanted in sorted(report["mismatched_keys"]):
-        logger.warning(f"{name} starts new: the saved model has {tuple(saved)}, this one {tuple(wanted)}.")
     if missing := sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]}):
         raise ValueError(f"--model {options.model} lacks {len(missing)} weights, such as {missing[:3]}.")
     return model

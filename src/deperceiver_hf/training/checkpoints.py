@@ -25,6 +25,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..output_files import write_json
+from .arguments import TrainingOptions
 
 STATE_FILE = "training_state.json"
 STATE_PATTERN = re.compile(r"state-(\d{8,})-(\d{4,})")
@@ -110,39 +111,37 @@ def find_states(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: [int(number) for number in found[path].groups()])
 
 
-def resolve_resume(resume: str, output_dir: Path) -> Path | None:
-    """The state that `--resume` means; `None` if it is "auto" and there is none yet.
+def find_resumed_state(options: TrainingOptions, output_dir: Path) -> Path | None:
+    """The state that a run goes on from, or `None` for a new run.
 
     Raises:
-        FileNotFoundError: A path was given that holds no complete state.
-    """
-    directory = output_dir if resume == "auto" else Path(resume)
-    if (directory / STATE_FILE).is_file():
-        return directory
-    states = find_states(directory)
-    if not states and resume != "auto":
-        raise FileNotFoundError(f"--resume {resume}: no complete training state (state-*/{STATE_FILE}) there.")
-    return states[-1] if states else None
-
-
-def prepare_output_dir(output_dir: Path, *, overwrite: bool, resuming: bool) -> None:
-    """Make the directory, empty it of an earlier run if asked to, and remove what a killed run left half-written.
-
-    Raises:
-        FileExistsError: It holds something, and neither overwriting nor resuming was asked for.
-        NotADirectoryError: It is a file.
+        FileNotFoundError: `options.resume` is a path that holds no complete state.
+        FileExistsError: A new run is to write to a directory that is not empty.
+        NotADirectoryError: The output directory is a file.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise NotADirectoryError(f"--output_dir {output_dir} is a file.")
+    if options.resume is None:
+        if not options.overwrite_output_dir and output_dir.exists() and any(output_dir.iterdir()):
+            raise FileExistsError(
+                f"--output_dir {output_dir} is not empty. Go on with --resume auto, delete the earlier run with "
+                f"--overwrite_output_dir, or choose another directory."
+            )
+        return None
+    directory = output_dir if options.resume == "auto" else Path(options.resume)
+    if (directory / STATE_FILE).is_file():
+        return directory
+    states = find_states(directory)
+    if not states and options.resume != "auto":
+        raise FileNotFoundError(f"--resume {directory}: no complete training state (state-*/{STATE_FILE}) there.")
+    return states[-1] if states else None
+
+
+def clear_output_dir(output_dir: Path, *, keep_run: bool) -> None:
+    """Make the directory and remove what a killed run left half-written, or all of an earlier run."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    entries = list(output_dir.iterdir())
-    if entries and not (overwrite or resuming):
-        raise FileExistsError(
-            f"--output_dir {output_dir} is not empty. Go on with --resume auto, delete the earlier run with "
-            f"--overwrite_output_dir, or choose another directory."
-        )
-    for entry in entries:
-        if entry.name.endswith(TEMPORARY_SUFFIX) or (overwrite and _is_ours(entry)):
+    for entry in output_dir.iterdir():
+        if entry.name.endswith(TEMPORARY_SUFFIX) or (_is_ours(entry) and not keep_run):
             remove(entry)
 
 

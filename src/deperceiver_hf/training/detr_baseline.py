@@ -6,7 +6,7 @@ import transformers
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 from ..loss_deperceiver import set_prediction_loss
-from ..modeling_deperceiver import backbone_stage
+from ..tokens_deperceiver import backbone_stage
 
 
 class DetrForObjectDetection(transformers.DetrForObjectDetection):

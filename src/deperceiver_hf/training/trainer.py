@@ -4,8 +4,10 @@
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,9 +35,9 @@ from .building import build_image_processor, build_model
 from .checkpoints import (
     BestModels,
     TrainingProgress,
+    clear_output_dir,
+    find_resumed_state,
     load_state,
-    prepare_output_dir,
-    resolve_resume,
     save_model,
     save_state,
 )
@@ -50,6 +52,7 @@ Result = TypeVar("Result")
 # Options that may change when a run is resumed; the others decide what it computes.
 CHANGEABLE_ON_RESUME = (
     *("dataset", "output_dir", "overwrite_output_dir", "resume", "run_name", "project", "report_to", "log_every"),
+    *("amp", "use_bfloat", "mixed_precision"),  # what they lead to is compared
     *("num_workers", "epochs", "max_steps", "max_eval_samples", "eval_every", "save_top_k", "checkpointing_steps"),
 )
 
@@ -75,16 +78,12 @@ class DetectionTrainer:
         self.options = options
         self.output_dir = Path(options.output_dir)
         self.accelerator = create_accelerator(options)
-        state = self._on_main_process(self._prepare_output_dir)
+        state = self._main_process_first(lambda: find_resumed_state(options, self.output_dir))
 
-        self.train_data = load_detection_data(
-            options.dataset, options.train_split, max_samples=options.max_train_samples
-        )
+        self.train_data = self._load_data(options.train_split, options.max_train_samples)
         self.eval_data: DetectionData | None = None
         if options.eval_every:
-            self.eval_data = load_detection_data(
-                options.dataset, options.eval_split, max_samples=options.max_eval_samples
-            )
+            self.eval_data = self._load_data(options.eval_split, options.max_eval_samples)
             require_same_labels(self.train_data, self.eval_data)
         self.image_processor = build_image_processor(options)
         size = self.image_processor.size
@@ -106,11 +105,15 @@ class DetectionTrainer:
             self.total_steps = min(self.total_steps, options.max_steps)
 
         set_seed(options.seed)  # equal weights on all processes
-        model = build_model(options, self.train_data.label_names, load_pretrained_backbone=state is None)
+        model = self._main_process_first(
+            lambda: build_model(options, self.train_data.label_names, load_pretrained_backbone=state is None)
+        )
         set_seed(options.seed, device_specific=True)  # different dropout on each
         optimizer = create_optimizer(model, options)
         self.scheduler = create_scheduler(optimizer, options, self.steps_per_epoch, self.total_steps)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # Not prepared: accelerate would step the schedule once for each process.
         self.accelerator.register_for_checkpointing(self.scheduler)
@@ -119,9 +122,12 @@ class DetectionTrainer:
         if state is not None:
             self.progress = load_state(self.accelerator, state, self.fingerprint())
             logger.info(f"Resumed from {state} after {self.progress.step} steps.")
+        if self.accelerator.is_main_process:
+            clear_output_dir(self.output_dir, keep_run=options.resume is not None)
         self.log = TrainingLog(self.accelerator, self.output_dir, self.progress if state is not None else None)
         self.best_models = BestModels(self.accelerator, self.output_dir, options.save_top_k)
-        self._grad_norm: torch.Tensor | None = None
+        self.stop_request = StopRequest()
+        self._grad_norm: torch.Tensor | None = None  # of the last step, before clipping
 
     def train(self) -> TrainingResult:
         """Train to the end, or until SIGINT or SIGTERM ask to stop.
@@ -134,7 +140,7 @@ class DetectionTrainer:
             self.options.project, config=config, init_kwargs={"wandb": {"name": self.options.run_name}}
         )
         interrupted = False
-        with StopRequest() as self.stop_request:
+        with self.stop_request:
             while not interrupted and not self._finished:
                 interrupted = self._train_epoch()
                 if interrupted:
@@ -160,7 +166,8 @@ class DetectionTrainer:
         for name in CHANGEABLE_ON_RESUME:
             del options[name]
         data = {"training images": len(self.dataset), "classes": self.train_data.label_names}
-        return json.loads(json.dumps({**options, "processes": self.accelerator.num_processes, **data}))
+        run = {"processes": self.accelerator.num_processes, "precision": self.accelerator.mixed_precision}
+        return json.loads(json.dumps({**options, **run, **data}))
 
     @property
     def _finished(self) -> bool:
@@ -302,24 +309,21 @@ class DetectionTrainer:
         self.accelerator.unwrap_model(self.model).save_pretrained(directory)
         self.image_processor.save_pretrained(directory)
 
-    def _prepare_output_dir(self) -> Path | None:
-        resume = self.options.resume
-        state = None if resume is None else resolve_resume(resume, self.output_dir)
-        prepare_output_dir(self.output_dir, overwrite=self.options.overwrite_output_dir, resuming=resume is not None)
-        return state
+    def _load_data(self, split: str, max_samples: int | None) -> DetectionData:
+        load = partial(load_detection_data, self.options.dataset, split, max_samples=max_samples)
+        return self._main_process_first(load)
 
-    def _on_main_process(self, function: Callable[[], Result]) -> Result:
-        """Call on the main process; all processes get the result or the error."""
-        outcome: list[Any] = [None, None]
+    def _main_process_first(self, function: Callable[[], Result]) -> Result:
+        """Call on the main process, then on the others, which find its downloads; its error is raised on all."""
+        error: list[Any] = [None]
         if self.accelerator.is_main_process:
             try:
-                outcome[0] = function()
-            except (ValueError, OSError) as error:
-                outcome[1] = error
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+                result = function()
+            except (ValueError, OSError) as raised:
+                error = [raised]
+        if (raised := broadcast_object_list(error)[0]) is not None:
+            raise raised
+        return result if self.accelerator.is_main_process else function()
 
     def _tick(self) -> None:
         """Bring the time spent training up to date."""

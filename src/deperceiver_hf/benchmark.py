@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparison of DePerceiver with DETR in cost (counted) and in time (measured), side by side in one run.
+
+A report holds one row per model and is written as JSON or as a Markdown table.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+
+from .cost import check_image_size, count_cost
+from .output_files import atomic_path, require_writable_file, write_json
+from .variants import DEFAULT_NUM_LATENTS, VARIANT_NAMES, make_variant
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TIMED_BY_DEFAULT = ("detr-32", "detr-16", "deperceiver-32", "deperceiver-16")
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Forward passes of a model, measured.
+
+    Attributes:
+        latency: Median of the seconds that a pass took; `None` if the memory did not suffice.
+        quartiles: First and third quartile of these seconds.
+        peak_memory: Bytes that a pass took on a CUDA device at its peak, beyond weights and images; `None` elsewhere.
+    """
+
+    latency: float | None
+    quartiles: tuple[float, float] | None
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """Rows of figures by model name, with what they depend on.
+
+    Attributes:
+        kind: `"cost"` or `"time"`.
+        settings: Image size, latents, device and so on.
+        rows: Figures by model name, in plain units (FLOPs, elements, seconds, bytes).
+        columns: Title of each column of the table, and how it reads a row.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    columns: dict[str, Callable[[dict[str, Any]], str]]
+
+    def markdown(self) -> str:
+        """The settings and the table."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
+        lines = [settings, "", f"| model | {' | '.join(self.columns)} |", f"|---|{'---:|' * len(self.columns)}"]
+        for name, row in self.rows.items():
+            lines.append(f"| {name} | {' | '.join(column(row) for column in self.columns.values())} |")
+        return "\n".join(lines)
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write JSON or Markdown, by the suffix of a path that `check_output` has passed."""
+        if Path(path).suffix == ".json":
+            write_json(path, {"kind": self.kind, "settings": self.settings, "models": self.rows})
+            return
+        with atomic_path(path) as temporary:
+            temporary.write_text(f"{self.markdown()}\n", encoding="utf-8")
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """Refuse a file for a report that cannot be written.
+
+    Raises:
+        ValueError: Neither `.json` nor `.md`.
+        OSError: It cannot be written.
+    """
+    if Path(path).suffix not in (".json", ".md"):
+        raise ValueError(f"the output {path} must end in .json or .md.")
+    return require_writable_file(path)
+
+
+def compare_costs(
+    models: Sequence[str] = VARIANT_NAMES,
+    *,
+    height: int = 800,
+    width: int = 800,
+    backbone: str = "resnet50",
+    num_latents: int = DEFAULT_NUM_LATENTS,
+) -> BenchmarkReport:
+    """Count FLOPs, activations and parameters of models for one image; see [`~deperceiver_hf.cost.count_cost`].
+
+    Args:
+        models: Names of [`~deperceiver_hf.variants.VARIANT_NAMES`].
+        height, width: Size of the image in pixels.
+        backbone: Name of a timm model, the same for all.
+        num_latents: Length of DePerceiver's latent array.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    check_models(models)
+    _check_at_least_one(num_latents=num_latents)
+    rows = {}
+    for name in models:
+        make = partial(
+            make_variant, name, backbone=backbone, num_latents=num_latents, attn_implementation="eager"
+        )
+        rows[name] = asdict(count_cost(make, height, width))
+    return BenchmarkReport(
+        kind="cost",
+        settings={"height": height, "width": width, "backbone": backbone, "num_latents": num_latents},
+        rows=rows,
+        columns={
+            "tokens": lambda row: f"{row['tokens']:,}",
+            "parameters (M)": lambda row: f"{row['parameters'] / 1e6:.1f}",
+            "backbone GFLOPs": lambda row: f"{row['backbone_flops'] / 1e9:.1f}",
+            "GFLOPs after it": lambda row: f"{row['flops_after_backbone'] / 1e9:,.1f}",
+            "activations after it (M)": lambda row: f"{row['activations_after_backbone'] / 1e6:,.1f}",
+            "of them attention weights (M)": lambda row: f"{row['attention_weights'] / 1e6:,.1f}",
+        },
+    )
+
+
+def compare_times(
+    models: Sequence[str] = TIMED_BY_DEFAULT,
+    *,
+    height: int = 800,
+    width: int = 800,
+    batch_size: int = 1,
+    backbone: str = "resnet50",
+    num_latents: int = DEFAULT_NUM_LATENTS,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    compile: bool = False,
+    warmup: int = 2,
+    repeats: int = 10,
+    progress: bool = True,
+) -> BenchmarkReport:
+    """Measure latency and, on CUDA, peak memory of the forward passes of models with random weights.
+
+    Args:
+        models: Names of [`~deperceiver_hf.variants.VARIANT_NAMES`]. The first is what the others are compared with.
+        height, width: Size of the images in pixels; they are not padded.
+        batch_size: Number of images.
+        backbone: Name of a timm model, the same for all.
+        num_latents: Length of DePerceiver's latent array.
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+        attn_implementation: `"eager"`, `"sdpa"`, or another of transformers'.
+        compile: Compile the models with `torch.compile`.
+        warmup: Passes of each model that do not count.
+        repeats: Passes of each model that count.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: An argument is out of range.
+        ImportError: The attention implementation is not installed.
+    """
+    check_models(models)
+    check_image_size(height, width)
+    _check_at_least_one(batch_size=batch_size, repeats=repeats, num_latents=num_latents)
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, not {warmup}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    target = _find_device(device)
+    made: dict[str, nn.Module] = {}
+    for name in models:
+        model = make_variant(
+            name, backbone=backbone, num_latents=num_latents, attn_implementation=attn_implementation
+        )
+        model = model.to(target, DTYPES[dtype])
+        made[name] = torch.compile(model) if compile else model
+    pixel_values = torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
+    timings = time_models(
+        made, pixel_values.to(target, DTYPES[dtype]), warmup=warmup, repeats=repeats, progress=progress
+    )
+    reference = timings[models[0]].latency
+    return BenchmarkReport(
+        kind="time",
+        settings={
+            "height": height,
+            "width": width,
+            "batch_size": batch_size,
+            "backbone": backbone,
+            "num_latents": num_latents,
+            "device": torch.cuda.get_device_name(target) if target.type == "cuda" else _cpu_name(),
+            "threads": torch.get_num_threads() if target.type == "cpu" else None,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "compile": compile,
+            "repeats": repeats,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "timm": timm.__version__,
+        },
+        rows={
+            name: asdict(timing)
+            | {"ratio": timing.latency / reference if timing.latency and reference else None}
+            for name, timing in timings.items()
+        },
+        columns={
+            "latency (ms)": lambda row: OUT_OF_MEMORY if row["latency"] is None else f"{1e3 * row['latency']:,.1f}",
+            "quartiles (ms)": lambda row: " to ".join(f"{1e3 * value:,.1f}" for value in row["quartiles"] or ()),
+            f"relative to {models[0]}": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            **(
+                {"peak memory (MiB)": lambda row: "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"}
+                if target.type == "cuda"
+                else {}
+            ),
+        },
+    )
+
+
+@torch.inference_mode()
+def time_models(
+    models: Mapping[str, nn.Module],
+    pixel_values: torch.Tensor,
+    *,
+    warmup: int = 2,
+    repeats: int = 10,
+    progress: bool = False,
+) -> dict[str, Timing]:
+    """Measure the forward passes of several models on the same images.
+
+    The models take turns, in alternating direction, so that whatever else the machine does hits all of them alike. A
+    model that runs out of CUDA memory drops out.
+
+    Args:
+        models: Models by name, on the device of the images.
+        pixel_values: `(B, C, H, W)`.
+        warmup: Passes of each model that do not count.
+        repeats: Passes of each model that count.
+        progress: Show a progress bar.
+    """
+    device = pixel_values.device
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    peaks: dict[str, int] = dict.fromkeys(models, 0)
+    running = list(models)
+    with tqdm(total=(warmup + repeats) * len(models), desc="Timing", disable=not progress) as bar:
+        for turn in range(warmup + repeats):
+            for name in running[:: -1 if turn % 2 else 1]:
+                try:
+                    elapsed, peak = _time_once(models[name], pixel_values, device)
+                except torch.cuda.OutOfMemoryError:
+                    running.remove(name)
+                    seconds[name].clear()
+                    torch.cuda.empty_cache()
+                    continue
+                finally:
+                    bar.update()
+                if turn >= warmup:
+                    seconds[name].append(elapsed)
+                    peaks[name] = max(peaks[name], peak)
+    return {
+        name: Timing(
+            latency=statistics.median(taken) if taken else None,
+            quartiles=_quartiles(taken),
+            peak_memory=peaks[name] if taken and device.type == "cuda" else None,
+        )
+        for name, taken in seconds.items()
+    }
+
+
+def check_models(models: Sequence[str]) -> None:
+    """Refuse unknown and repeated names with a `ValueError`."""
+    unknown = [name for name in models if name not in VARIANT_NAMES]
+    if unknown or not models:
+        raise ValueError(f"there is no model {', '.join(unknown) or '(none given)'}; choose from {', '.join(VARIANT_NAMES)}.")
+    if len(set(models)) < len(models):
+        raise ValueError(f"a model is named twice in {', '.join(models)}.")
+
+
+def _time_once(model: nn.Module, pixel_values: torch.Tensor, device: torch.device) -> tuple[float, int]:
+    """Seconds and peak bytes of one forward pass."""
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    model(pixel_values)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed = time.perf_counter() - start
+    return elapsed, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+
+
+def _quartiles(values: list[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return (values[0], values[0]) if values else None
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _find_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def _cpu_name() -> str:
+    return f"cpu ({platform.machine()})"
+
+
+def _check_at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of a Perceiver IO (Jaegle et al. 2021, https://arxiv.org/abs/2107.14795): attention, MLP, and their pairings.
+
+Shapes: B images, Q queries, K keys, M latents, D channels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_deperceiver import DePerceiverConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that returns its weights.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, heads, Q, D)`), key, value (`(B, heads, K, D)`).
+        attention_mask (`torch.Tensor` of shape `(B, 1, 1 or Q, K)`, *optional*): Boolean (`True` = read) or added.
+
+    Returns:
+        Output `(B, Q, heads, D)` and weights `(B, heads, Q, K)`.
+    """
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class DePerceiverAttention(nn.Module):
+    """Multi-head attention of queries `(B, Q, query_dim)` over keys and values `(B, K, key_value_dim)`."""
+
+    def __init__(
+        self, config: DePerceiverConfig, query_dim: int, key_value_dim: int, num_heads: int, attention_dropout: float
+    ):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = (query_dim // num_heads) ** -0.5
+        self.attention_dropout = attention_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(query_dim, query_dim)
+        self.k_proj = nn.Linear(key_value_dim, query_dim)
+        self.v_proj = nn.Linear(key_value_dim, query_dim)
+        self.o_proj = nn.Linear(query_dim, query_dim)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        key_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output `(B, Q, query_dim)` and, where the backend gives them, the weights `(B, heads, Q, K)`."""
+        query, key, value = (
+            rearrange(states, "b n (heads d) -> b heads n d", heads=self.num_heads)
+            for states in (self.q_proj(queries), self.k_proj(key_values), self.v_proj(key_values))
+        )
+        # Fused kernels never hold the weights, so asking for them takes the eager path.
+        implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(rearrange(output, "b n heads d -> b n (heads d)")), weights
+
+
+class DePerceiverMLP(nn.Module):
+    """Two linear layers with a GELU between."""
+
+    def __init__(self, dim: int, widening_factor: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, dim * widening_factor)
+        self.activation = ACT2FN["gelu"]
+        self.fc2 = nn.Linear(dim * widening_factor, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class DePerceiverCrossAttentionLayer(GradientCheckpointingLayer):
+    """Queries read another array (pre-norm on both), followed by an MLP.
+
+    Args:
+        config (`DePerceiverConfig`): Gives heads, widening factor and dropout.
+        query_dim (`int`): Width of the queries.
+        key_value_dim (`int`): Width of the array that is read.
+        attention_dropout (`float`): Dropout on the attention weights.
+        query_residual (`bool`): Add the queries to what was read (the encoder does, the decoder does not).
+    """
+
+    def __init__(
+        self,
+        config: DePerceiverConfig,
+        query_dim: int,
+        key_value_dim: int,
+        attention_dropout: float,
+        query_residual: bool,
+    ):
+        super().__init__()
+        self.query_residual = query_residual
+        self.query_norm = nn.LayerNorm(query_dim)
+        self.key_value_norm = nn.LayerNorm(key_value_dim)
+        self.attention = DePerceiverAttention(
+            config, query_dim, key_value_dim, config.num_cross_attention_heads, attention_dropout
+        )
+        self.mlp_norm = nn.LayerNorm(query_dim)
+        self.mlp = DePerceiverMLP(query_dim, config.cross_attention_widening_factor)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_values: torch.Tensor,
+        query_positions: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, Q, query_dim)`): Queries.
+            key_values (`torch.Tensor` of shape `(B, K, key_value_dim)`): What they read.
+            query_positions (`torch.Tensor` of shape `(B, Q, query_dim)`, *optional*): Added to the queries.
+            attention_mask (`torch.Tensor` of shape `(B, 1, 1 or Q, K)`, *optional*): Hides keys.
+
+        Returns:
+            `torch.Tensor` of shape `(B, Q, query_dim)`.
+        """
+        queries = hidden_states if query_positions is None else hidden_states + query_positions
+        attended, _ = self.attention(
+            self.query_norm(queries), self.key_value_norm(key_values), attention_mask=attention_mask, **kwargs
+        )
+        attended = self.dropout(attended)
+        hidden_states = hidden_states + attended if self.query_residual else attended
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class DePerceiverSelfAttentionLayer(GradientCheckpointingLayer):
+    """Pre-norm self-attention among the latents, followed by an MLP."""
+
+    def __init__(self, config: DePerceiverConfig):
+        super().__init__()
+        dim = config.d_latents
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = DePerceiverAttention(
+            config, dim, dim, config.num_self_attention_heads, config.attention_dropout
+        )
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.mlp = DePerceiverMLP(dim, config.self_attention_widening_factor)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """Map latents `(B, M, d_latents)` to the same shape."""
+        normed = self.attention_norm(hidden_states)
+        attended, _ = self.attention(normed, normed, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class DePerceiverDecoderLayer(GradientCheckpointingLayer):
+    """Object queries read the latents; in the `"layered"` decoder they attend to each other first."""
+
+    def __init__(self, config: DePerceiverConfig):
+        super().__init__()
+        dim = config.d_model
+        dropout = config.decoder_attention_dropout
+        self.self_attention = None
+        if config.decoder_type == "layered":
+            self.self_attention = DePerceiverAttention(
+                config, dim, dim, config.num_decoder_self_attention_heads, dropout
+            )
+            self.self_attention_norm = nn.LayerNorm(dim)
+        self.cross_attention = DePerceiverCrossAttentionLayer(
+            config, dim, config.d_latents, dropout, query_residual=False
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        latents: torch.Tensor,
+        query_positions: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, Q, d_model)`): Content of the queries.
+            latents (`torch.Tensor` of shape `(B, M, d_latents)`): What they read.
+            query_positions (`torch.Tensor` of shape `(B, Q, d_model)`, *optional*): Learned identity of each query.
+
+        Returns:
+            `torch.Tensor` of shape `(B, Q, d_model)`.
+        """
+        if self.self_attention is not None:
+            # Unlike in DETR, the query positions are part of the values, too.
+            queries = hidden_states + query_positions
+            attended, _ = self.self_attention(queries, queries, **kwargs)
+            hidden_states = self.self_attention_norm(hidden_states + self.dropout(attended))
+        return self.cross_attention(hidden_states, latents, query_positions, **kwargs)
+
+
+class DePerceiverBoxPredictor(nn.Module):
+    """Three-layer perceptron from a query to the logits of its box."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers[:-1]:
+            hidden_states = layer(hidden_states).relu()
+        return self.layers[-1](hidden_states)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pixels to the tokens that a DePerceiver reads: backbone, position encodings, input adapter.
+
+Shapes: B images, N tokens, D channels; (H, W) pixels, (h, w) cells of a feature map.
+"""
+
+import math
+import re
+from contextlib import nullcontext
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoBackbone
+
+from .configuration_deperceiver import LEVEL_EMBEDDING_DIM, DePerceiverConfig
+
+
+class DePerceiverFrozenBatchNorm2d(nn.Module):
+    """Batch normalisation with fixed statistics and affine map, as one fused kernel that keeps half precision.
+
+    Args:
+        num_features (`int`): Number of channels.
+        eps (`float`): Added to the variance.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return nn.functional.batch_norm(
+            features, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Replace every `BatchNorm2d` inside a new backbone by a [`DePerceiverFrozenBatchNorm2d`], in place.
+
+    The frozen norms start as the identity, whatever was there: a new ResNet scales its residual branches by 0, and
+    frozen they would stay shut.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = DePerceiverFrozenBatchNorm2d(child.num_features, child.eps).to(child.weight)
+            # timm's BatchNormAct2d carries the activation that follows.
+            activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+            setattr(module, name, nn.Sequential(frozen, *activation) if activation else frozen)
+        else:
+            freeze_batch_norms(child)
+
+
+def backbone_stage(parameter_name: str) -> int | None:
+    """Stage that a backbone's parameter belongs to, counted from 1, or `None` for the stem and what is in no stage.
+
+    Knows the names of timm (`layer1.…`, `stages.0.…`, `stages_0.…`, `blocks.0.…`) and of transformers (`stages.0.…`).
+    """
+    match = re.search(r"(?:^|\.)(layer|layers|stages?|blocks)[._]?(\d+)\.", parameter_name)
+    if match is None:
+        return None
+    return int(match[2]) + (0 if match[1] == "layer" else 1)
+
+
+def mask_of_cells(pixel_mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Mask `(..., height, width)` of the cells of a feature map that hold a real pixel, from `(..., H, W)`.
+
+    A cell is real if its first row and column of pixels is: what `ceil(side / stride)` cells of the image alone are,
+    whatever it is padded to.
+    """
+    while pixel_mask.shape[-2:] != (height, width):
+        halved = pixel_mask[..., ::2, ::2]
+        if halved.shape[-2] < height or halved.shape[-1] < width:  # the backbone rounds down
+            break
+        pixel_mask = halved
+    return pixel_mask[..., :height, :width]
+
+
+class HiddenPadding(TorchFunctionMode):
+    """Within this context every convolution sees zeros where its input is padding, as it does beyond the border.
+
+    Otherwise a backbone writes into the padding what its filters make of the image's edge, reads it in the next layer,
+    and gives another result for an image that is padded than for the image alone.
+
+    Args:
+        pixel_mask (`torch.Tensor` of shape `(B, H, W)`): 1 at real pixels, 0 at padding.
+    """
+
+    def __init__(self, pixel_mask: torch.Tensor):
+        super().__init__()
+        self.pixel_mask = pixel_mask[:, None]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.conv2d:
+            features, *others = args
+            args = (features * mask_of_cells(self.pixel_mask, *features.shape[-2:]).to(features.dtype), *others)
+        return func(*args, **(kwargs or {}))
+
+
+class DePerceiverBackbone(nn.Module):
+    """Feature maps of a convolutional backbone.
+
+    Raises:
+        ValueError: A map has not the stride that the config says.
+    """
+
+    def __init__(self, config: DePerceiverConfig):
+        super().__init__()
+        self.model = AutoBackbone.from_config(config.backbone_config)
+        self.channels: list[int] = self.model.channels
+        self.mask_padding = config.mask_padding
+        self.strides = [16 if config.dilation and stride == 32 else stride for stride in config.feature_strides]
+        if config.freeze_batch_norm:
+            freeze_batch_norms(self.model)
+        self._freeze(config)
+
+    def _freeze(self, config: DePerceiverConfig) -> None:
+        seen_stages = False
+        for name, parameter in self.model.named_parameters():
+            stage = backbone_stage(name)
+            seen_stages |= stage is not None
+            # Outside of the stages there is the stem before them (stage 0) and at most a norm behind them.
+            frozen = (stage or 0) <= config.frozen_backbone_stages and (stage is not None or not seen_stages)
+            if frozen or config.freeze_backbone:
+                parameter.requires_grad_(False)
+
+    def forward(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`): Images.
+            pixel_mask (`torch.Tensor` of shape `(B, H, W)`, *optional*): 1 at real pixels, 0 at padding.
+
+        Returns:
+            Per level the features `(B, channels, H / stride, W / stride)` and the boolean mask of their real cells
+            `(B, H / stride, W / stride)`, if there is a `pixel_mask`.
+        """
+        hide_padding = self.mask_padding and pixel_mask is not None
+        with HiddenPadding(pixel_mask) if hide_padding else nullcontext():
+            # A config that asks for attentions or hidden states means those of the latents.
+            feature_maps = self.model(pixel_values, output_attentions=False, output_hidden_states=False).feature_maps
+        if not torch.compiler.is_compiling():
+            self._check_strides(pixel_values, feature_maps)
+        return [(features, self._token_mask(pixel_mask, features)) for features in feature_maps]
+
+    def _token_mask(self, pixel_mask: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor | None:
+        if pixel_mask is None:
+            return None
+        if self.mask_padding:
+            return mask_of_cells(pixel_mask, *features.shape[-2:]).bool()
+        # The original's: at some sizes of the padded image one row or column of cells more or less.
+        return nn.functional.interpolate(pixel_mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
+
+    def _check_strides(self, pixel_values: torch.Tensor, feature_maps: tuple[torch.Tensor, ...]) -> None:
+        for features, stride in zip(feature_maps, self.strides, strict=True):
+            for pixels, cells in zip(pixel_values.shape[-2:], features.shape[-2:], strict=True):
+                if abs(cells - pixels / stride) > 1:  # backbones round a side that is no multiple up or down
+                    raise ValueError(
+                        f"the backbone turns {pixels} pixels into {cells} cells, which is not the stride of {stride} "
+                        f"in `feature_strides`: make `backbone_config` return the feature maps of these strides."
+                    )
+
+
+class DePerceiverSinePositionEmbedding(nn.Module):
+    """DETR's two-dimensional sine encoding: positions run from 0 to 2 pi over the real (un-padded) part of each axis.
+
+    Args:
+        embedding_dim (`int`): Channels, half for y (first) and half for x.
+        temperature (`float`): Ratio of the longest wavelength to the shortest.
+    """
+
+    def __init__(self, embedding_dim: int, temperature: float = 10000.0):
+        super().__init__()
+        self.axis_dim = embedding_dim // 2
+        self.temperature = temperature
+
+    def encode(self, positions: torch.Tensor) -> torch.Tensor:
+        """Map positions in radians `(...)` to sines and cosines `(..., axis_dim)` of falling frequency."""
+        channel = torch.arange(0, self.axis_dim, 2, dtype=torch.float32, device=positions.device)
+        angles = positions[..., None] / self.temperature ** (channel / self.axis_dim)
+        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(B, channels, h, w)`): Feature map that the encoding is for.
+            mask (`torch.Tensor` of shape `(B, h, w)`, *optional*): 1 at real cells, 0 at padding.
+
+        Returns:
+            `torch.Tensor` of shape `(B or 1, embedding_dim, h, w)`.
+        """
+        height, width = features.shape[-2:]
+        if mask is None:
+            y = torch.arange(1, height + 1, dtype=torch.float32, device=features.device)
+            x = torch.arange(1, width + 1, dtype=torch.float32, device=features.device)
+            y = self.encode(y / (height + 1e-6) * 2 * math.pi)[None, :, None].expand(-1, -1, width, -1)
+            x = self.encode(x / (width + 1e-6) * 2 * math.pi)[None, None].expand(-1, height, -1, -1)
+        else:
+            y, x = mask.cumsum(1, dtype=torch.float32), mask.cumsum(2, dtype=torch.float32)
+            y = self.encode(y / (y[:, -1:] + 1e-6) * 2 * math.pi)
+            x = self.encode(x / (x[:, :, -1:] + 1e-6) * 2 * math.pi)
+        return rearrange(torch.cat((y, x), dim=-1), "b h w d -> b d h w").to(features.dtype)
+
+
+class DePerceiverLearnedPositionEmbedding(nn.Module):
+    """One learned embedding per column (first half of the channels) and per row.
+
+    Args:
+        embedding_dim (`int`): Channels, half for x (first) and half for y.
+        num_positions (`int`): Rows and columns in the tables.
+
+    Raises:
+        ValueError: A feature map has more rows or columns than the tables.
+    """
+
+    def __init__(self, embedding_dim: int, num_positions: int):
+        super().__init__()
+        self.row_embedding = nn.Embedding(num_positions, embedding_dim // 2)
+        self.column_embedding = nn.Embedding(num_positions, embedding_dim // 2)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Encoding `(1, embedding_dim, h, w)` for a feature map `(B, channels, h, w)`; the mask plays no part."""
+        height, width = features.shape[-2:]
+        if max(height, width) > self.row_embedding.num_embeddings:
+            raise ValueError(
+                f"a feature map of {height} x {width} cells has no learned positions beyond "
+                f"{self.row_embedding.num_embeddings}: use smaller images, `position_embedding_type='sine'`, or train "
+                f"with a larger `num_position_embeddings`."
+            )
+        x = self.column_embedding(torch.arange(width, device=features.device))[None].expand(height, -1, -1)
+        y = self.row_embedding(torch.arange(height, device=features.device))[:, None].expand(-1, width, -1)
+        return rearrange(torch.cat((x, y), dim=-1), "h w d -> 1 d h w").to(features.dtype)
+
+
+class DePerceiverInputAdapter(nn.Module):
+    """Turns feature maps into the tokens that the latents read: 1x1 convolution, plus position, plus level.
+
+    With several levels each has its own convolution to `d_model - 4` channels, and a learned embedding of 4 channels
+    per level is concatenated.
+    """
+
+    def __init__(self, config: DePerceiverConfig, channels: list[int]):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Conv2d(c, config.token_dim, kernel_size=1) for c in channels)
+        self.level_embedding = None
+        if config.num_feature_levels > 1:
+            self.level_embedding = nn.Embedding(config.num_feature_levels, LEVEL_EMBEDDING_DIM)
+        if config.position_embedding_type == "sine":
+            self.position_embedding = DePerceiverSinePositionEmbedding(config.token_dim)
+        else:
+            self.position_embedding = DePerceiverLearnedPositionEmbedding(
+                config.token_dim, config.num_position_embeddings
+            )
+
+    def forward(
+        self, feature_maps: list[tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            feature_maps (`list[tuple[torch.Tensor, torch.Tensor | None]]`): Per level the features
+                `(B, channels, h, w)` and the mask of their real cells `(B, h, w)`, if any cell is padding.
+
+        Returns:
+            Tokens `(B, N, d_model)` of all levels, and their mask `(B, N)` (1 = real) if the features have one.
+        """
+        tokens, masks = [], []
+        for level, ((features, mask), projection) in enumerate(zip(feature_maps, self.projections, strict=True)):
+            if mask is not None:
+                masks.append(mask.flatten(1))
+            projected = projection(features)
+            level_tokens = rearrange(projected + self.position_embedding(projected, mask), "b d h w -> b (h w) d")
+            if self.level_embedding is not None:
+                embedding = self.level_embedding(torch.full(level_tokens.shape[:2], level, device=features.device))
+                level_tokens = torch.cat((level_tokens, embedding.to(level_tokens.dtype)), dim=-1)
+            tokens.append(level_tokens)
+        return torch.cat(tokens, dim=1), torch.cat(masks, dim=1) if masks else None

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From records to batches: odd images, and samples that depend on seed, epoch and index alone."""
+
+import pickle
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from coco_samples import CATEGORIES, annotation, coco_content, write_coco
+from deperceiver_hf import DePerceiverImageProcessor
+from deperceiver_hf.data import (
+    DetectionCollator,
+    DetectionDataset,
+    load_detection_data,
+    make_eval_dataloader,
+    make_train_dataloader,
+    make_train_transforms,
+)
+
+SIZE = {"shortest_edge": 48, "longest_edge": 80}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_detection_data("synthetic", "train", num_samples=7, image_size=64, max_objects=4)
+
+
+@pytest.fixture
+def processor():
+    return DePerceiverImageProcessor(size=SIZE)
+
+
+def make_dataset(data, seed=0) -> DetectionDataset:
+    return DetectionDataset(data, make_train_transforms("original", 48), seed=seed)
+
+
+def equal(first, second) -> bool:
+    same_image = first["image"].shape == second["image"].shape and (first["image"] == second["image"]).all()
+    return bool(same_image) and first["annotations"] == second["annotations"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_samples_do_not_depend_on_workers_order_or_the_global_random_state(data, num_workers):
+    dataset = make_dataset(data)
+    dataset.set_epoch(3)
+    expected = [make_and_set(data, 3)[index] for index in range(7)]
+    torch.manual_seed(num_workers)
+    state = torch.random.get_rng_state()
+    dataset[0]
+    assert (torch.random.get_rng_state() == state).all()
+    order = [4, 0, 6, 1]
+    loader = DataLoader(dataset, sampler=order, batch_size=None, num_workers=num_workers)
+    for index, item in zip(order, loader, strict=True):
+        assert equal(item, expected[index])
+
+
+def make_and_set(data, epoch, seed=0) -> DetectionDataset:
+    dataset = make_dataset(data, seed)
+    dataset.set_epoch(epoch)
+    return dataset
+
+
+def test_samples_change_with_epoch_seed_and_index(data):
+    first = [make_and_set(data, 0)[index] for index in range(7)]
+    for other in (make_and_set(data, 1), make_and_set(data, 0, seed=1)):
+        assert not any(equal(other[index], first[index]) for index in range(7))
+    assert len({item["image"].shape for item in first}) > 1
+
+
+def test_workers_that_live_on_see_the_next_epoch(data):
+    dataset = make_dataset(data)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (0, 5):
+        dataset.set_epoch(epoch)
+        expected = make_and_set(data, epoch)
+        assert all(equal(item, expected[index]) for index, item in enumerate(loader))
+
+
+def test_a_pickled_dataset_is_the_same(data):
+    dataset = make_and_set(data, 2)
+    assert equal(pickle.loads(pickle.dumps(dataset))[1], dataset[1])
+
+
+def odd_images() -> dict[str, tuple[PIL.Image.Image, dict]]:
+    gray = PIL.Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(12, 20))
+    rgb = PIL.Image.merge("RGB", (gray, gray, gray))
+    exif = rgb.getexif()
+    exif[0x0112] = 6
+    sixteen_bit = PIL.Image.fromarray(np.asarray(gray).astype(np.uint16) * 256)
+    return {
+        "gray.png": (gray, {}),
+        "one_bit.png": (gray.convert("1"), {}),
+        "sixteen_bit.png": (sixteen_bit, {}),
+        "gray_alpha.png": (gray.convert("LA"), {}),
+        "alpha.png": (rgb.convert("RGBA"), {}),
+        "palette.png": (rgb.quantize(256), {}),
+        "palette.gif": (rgb.quantize(256), {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "turned.jpg": (rgb, {"exif": exif}),
+        "pixel.png": (rgb.crop((0, 0, 1, 1)), {}),
+        "line.png": (rgb.resize((1000, 1)), {}),
+    }
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_of_every_kind_become_rgb(tmp_path, processor, augment):
+    images = odd_images()
+    content = {
+        "images": [{"id": position, "file_name": name} for position, name in enumerate(images)],
+        "annotations": [annotation(position + 1, position, 1, [0, 0, 1, 1]) for position in range(len(images))],
+        "categories": CATEGORIES,
+    }
+    write_coco(tmp_path, content)
+    for name, (image, options) in images.items():
+        image.save(tmp_path / "val2017" / name, **options)
+    data = load_detection_data(str(tmp_path), "val", strict=True)
+    dataset = DetectionDataset(data, make_train_transforms("original", 48) if augment else None)
+    for index, (row, (image, options)) in enumerate(zip(data.dataset, images.values(), strict=True)):
+        item = dataset[index]
+        assert item["image"].dtype == torch.uint8
+        assert item["image"].shape[0] == 3
+        assert (row["width"], row["height"]) == (image.size[::-1] if options else image.size)
+        if not augment:
+            assert tuple(item["image"].shape[1:]) == (row["height"], row["width"])
+            if image.mode in ("L", "I;16", "RGBA", "LA", "P") and image.size == (20, 12):
+                reference = torch.arange(240).reshape(12, 20)
+                assert (item["image"][1].int() - reference).abs().max() <= 8  # a palette is coarse
+        batch = DetectionCollator(processor, do_resize=not augment)([item])
+        assert batch["pixel_values"].isfinite().all()
+        assert batch["labels"][0]["boxes"].isfinite().all()
+
+
+@pytest.mark.parametrize("breakage", ["truncated", "missing", "replaced"])
+def test_an_image_that_breaks_later_is_named(tmp_path, breakage):
+    data = load_detection_data(str(write_coco(tmp_path)), "val")
+    path = tmp_path / "val2017" / "000007.png"
+    if breakage == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif breakage == "missing":
+        path.unlink()
+    else:
+        PIL.Image.new("RGB", (5, 5)).save(path)
+    with pytest.raises((OSError, ValueError), match=r"image_id 7 .*000007\.png"):
+        DetectionDataset(data)[0]
+
+
+def test_labels_of_a_batch_lead_back_to_category_ids_boxes_and_images(tmp_path, processor):
+    """Ids with holes, sizes that differ, crowds, an image without objects: the way into the model and back."""
+    data = load_detection_data(str(write_coco(tmp_path)), "val")
+    dataset = DetectionDataset(data)
+    batch = DetectionCollator(processor, do_resize=True)([dataset[index] for index in range(len(dataset))])
+    stored = {a["id"]: a for a in coco_content()["annotations"] if not a["iscrowd"]}
+    found = []
+    for label in batch["labels"]:
+        height, width = label["orig_size"].tolist()
+        for name, box in zip(label["class_labels"].tolist(), label["boxes"], strict=True):
+            x, y, w, h = (box * torch.tensor([width, height, width, height])).tolist()
+            found.append((int(label["image_id"]), data.category_ids[name], x - w / 2, y - h / 2, w, h))
+    expected = [(a["image_id"], a["category_id"], *a["bbox"]) for a in stored.values()]
+    np.testing.assert_allclose(sorted(found), sorted(expected), atol=1e-4)
+    assert batch["pixel_mask"].shape == batch["pixel_values"].shape[:1] + batch["pixel_values"].shape[2:]
+    assert [len(dataset[index]["annotations"]["annotations"]) for index in range(4)] == [2, 1, 1, 0]  # crowd kept
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_prepared_loader_goes_on_in_the_middle_of_an_epoch(data, processor, grouped):
+    def make():
+        loader = make_train_dataloader(
+            make_dataset(data), DetectionCollator(processor, False), 2, group_by_aspect_ratio=grouped
+        )
+        return Accelerator(cpu=True).prepare(loader)
+
+    def image_ids(batches):
+        return [[int(label["image_id"]) for label in batch["labels"]] for batch in batches]
+
+    loader = make()
+    epochs = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        epochs.append(list(loader))
+        assert len(epochs[-1]) == len(loader) == 4
+    assert len({str(image_ids(epoch)) for epoch in epochs}) == 3
+
+    resumed = make()
+    resumed.set_epoch(1)
+    rest = list(skip_first_batches(resumed, 2))
+    assert image_ids(rest) == image_ids(epochs[1][2:])
+    for mine, theirs in zip(rest, epochs[1][2:], strict=True):
+        assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
+
+
+def test_epochs_reach_the_sampler_and_the_samples_of_every_process(data, processor):
+    def batches(loader):
+        return [
+            [(int(label["image_id"]), tuple(label["size"].tolist())) for label in batch["labels"]] for batch in loader
+        ]
+
+    def make():
+        return make_train_dataloader(make_dataset(data), DetectionCollator(processor, False), 2, num_processes=2)
+
+    whole = make()
+    shards = [
+        prepare_data_loader(make(), num_processes=2, process_index=rank, put_on_device=False, rng_types=[])
+        for rank in range(2)
+    ]
+    for epoch in (0, 1, 6):
+        whole.dataset.set_epoch(epoch)
+        for rank, shard in enumerate(shards):
+            shard.set_epoch(epoch)
+            assert batches(shard) == batches(whole)[rank::2]
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_evaluation_loader_shows_every_image_once_without_padding(tmp_path, processor, num_processes):
+    data = load_detection_data(str(write_coco(tmp_path)), "val")
+    dataset = DetectionDataset(data)
+    seen = []
+    for process_index in range(num_processes):
+        loader = make_eval_dataloader(
+            dataset,
+            DetectionCollator(processor, True),
+            3,
+            process_index=process_index,
+            num_processes=num_processes,
+        )
+        for batch in loader:
+            assert (batch["pixel_mask"] == 1).all()
+            seen += [int(label["image_id"]) for label in batch["labels"]]
+    assert sorted(seen) == sorted(data.dataset["image_id"])

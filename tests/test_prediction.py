@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detection on image files, and the pictures of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from conftest import tiny_config
+from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor
+from deperceiver_hf.data import load_detection_data
+from deperceiver_hf.drawing import Boxes, contact_sheet_rows, draw_boxes, draw_contact_sheet
+from deperceiver_hf.prediction import find_images, picture_names, prepare_prediction
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "predict.py"
+NAMES = ["cat", "dog", "bird"]
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    labels = {"num_labels": 3, "id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
+    DePerceiverForObjectDetection(tiny_config(**labels)).save_pretrained(directory)
+    DePerceiverImageProcessor(size={"shortest_edge": 48, "longest_edge": 96}).save_pretrained(directory)
+    return directory
+
+
+def save_image(path: Path, size: tuple[int, int] = (60, 40), seed: int = 0, mode: str = "RGB", **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Images of several sizes and formats in nested directories, two of one name, and three broken files."""
+    root = tmp_path / "in"
+    for number, size in enumerate([(60, 40), (40, 60), (60, 40), (60, 40), (1, 1), (5, 90)]):
+        save_image(root / "a" / f"{number}.png", size, seed=number)
+    save_image(root / "a" / "same.jpg", seed=10)
+    save_image(root / "b" / "c" / "same.jpg", seed=11)
+    save_image(root / "b" / "gray.webp", mode="L")
+    save_image(root / "b" / "cmyk.jpg", mode="CMYK")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    save_image(root / "b" / "turned.jpg", (60, 40), exif=turned)
+    (root / "a" / "broken.jpg").write_text("no image")
+    (root / "b" / "empty.png").touch()
+    (root / "b" / "cut.jpg").write_bytes((root / "b" / "turned.jpg").read_bytes()[:-700])
+    (root / "b" / "notes.txt").write_text("not looked at")
+    (root / ".hidden").mkdir()
+    save_image(root / ".hidden" / "x.png")
+    return root
+
+
+def run(model_directory, inputs, output_dir, **options):
+    job = prepare_prediction(
+        str(model_directory), [str(entry) for entry in inputs], output_dir=str(output_dir), device="cpu", **options
+    )
+    return job.run(progress=False)
+
+
+def read(output_dir: Path) -> dict:
+    return json.loads((output_dir / "predictions.json").read_text())
+
+
+def test_broken_files_are_recorded_and_the_others_go_on(model_directory, pictures, tmp_path):
+    out = tmp_path / "out"
+    report = run(model_directory, [pictures], out, threshold=0.0)
+    content = read(out)
+    assert content["complete"]
+    assert [Path(e["file"]).name for e in content["errors"]] == ["broken.jpg", "cut.jpg", "empty.png"]
+    assert all("cannot be read" in e["error"] for e in content["errors"])
+    assert len(content["images"]) == 11
+    assert all(len(image["detections"]) == 7 for image in content["images"])
+    assert content["images"] == report.images
+    files = [image["file"] for image in content["images"]]
+    assert files == sorted(files)
+    size = {Path(image["file"]).name: (image["width"], image["height"]) for image in content["images"]}
+    assert size["turned.jpg"] == (40, 60)
+    annotated = [image["annotated"] for image in content["images"]]
+    assert len(set(annotated)) == 11
+    assert {"annotated/a/same.jpg", "annotated/b/c/same.jpg", "annotated/b/gray.webp.png"} <= set(annotated)
+    for name in annotated:
+        with Image.open(out / name) as picture:
+            assert max(picture.size) == 640
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert written == {"predictions.json", *annotated}
+
+
+def test_batches_change_nothing_and_the_pipeline_says_the_same(model_directory, pictures, tmp_path):
+    results = []
+    for batch_size in (1, 3, 8):
+        run(model_directory, [pictures], tmp_path / "out", threshold=0.2, draw=False, batch_size=batch_size)
+        results.append(read(tmp_path / "out"))
+    detector = pipeline("object-detection", model=str(model_directory), device="cpu")
+    for images in zip(*(result["images"] for result in results), strict=True):
+        alone = detector(images[0]["file"], threshold=0.2)
+        for image in images:
+            assert (image["file"], image["annotated"]) == (images[0]["file"], None)
+            assert [(d["label"], d["box"]) for d in image["detections"]] == [(d["label"], d["box"]) for d in alone]
+            np.testing.assert_allclose(
+                [d["score"] for d in image["detections"]], [d["score"] for d in alone], rtol=1e-5
+            )
+
+
+def test_second_run_replaces_its_own_files_only(model_directory, pictures, tmp_path):
+    out = tmp_path / "in" / "out"  # inside of the input: pictures of the first run are no input of the second
+    run(model_directory, [pictures], out)
+    (out / "mine.txt").write_text("keep")
+    first = read(out)
+    before = sorted(out.rglob("*"))
+    (pictures / "a" / "0.png").unlink()
+    run(model_directory, [pictures], out)
+    assert len(read(out)["images"]) == len(first["images"]) - 1
+    assert sorted(out.rglob("*")) == before
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_interrupted_run_keeps_what_was_done(model_directory, pictures, tmp_path, monkeypatch):
+    job = prepare_prediction(
+        str(model_directory), [str(pictures)], output_dir=str(tmp_path / "out"), device="cpu", batch_size=1
+    )
+    detector, calls = job.detector, []
+
+    def interrupted_after_three(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return detector(*args, **kwargs)
+
+    object.__setattr__(job, "detector", interrupted_after_three)
+    interrupted_after_three.model = detector.model
+    report = job.run(progress=False)
+    assert not report.complete
+    assert "Interrupted" in report.summary()
+    content = read(tmp_path / "out")
+    assert not content["complete"]
+    assert [Path(image["file"]).name for image in content["images"]] == ["0.png", "1.png", "2.png"]
+    assert all((tmp_path / "out" / image["annotated"]).is_file() for image in content["images"])
+
+
+def test_image_that_the_model_fails_on_does_not_take_its_batch_along(model_directory, pictures, tmp_path):
+    job = prepare_prediction(
+        str(model_directory), [str(pictures / "a" / "?.png")], output_dir=str(tmp_path), device="cpu", draw=False
+    )
+    detector = job.detector
+    bad = np.asarray(Image.open(pictures / "a" / "2.png"))
+
+    def fails_on_one(images, **kwargs):
+        if any(np.array_equal(np.asarray(image), bad) for image in images):
+            raise RuntimeError("out of memory")
+        return detector(images, **kwargs)
+
+    object.__setattr__(job, "detector", fails_on_one)
+    report = job.run(progress=False)
+    assert [(Path(e["file"]).name, e["error"]) for e in report.errors] == [("2.png", "RuntimeError: out of memory")]
+    assert [Path(image["file"]).name for image in report.images] == ["0.png", "1.png", "3.png", "4.png", "5.png"]
+
+
+def test_inputs_are_found_once_and_in_order(pictures):
+    def names(*inputs):
+        return [str(path.relative_to(pictures)) for path in find_images([str(pictures / entry) for entry in inputs])]
+
+    assert names("b/notes.txt") == ["b/notes.txt"]  # named, so it is tried
+    assert names("b/c", "b/c/same.jpg") == ["b/c/same.jpg"]
+    assert names("a/[01].png", "a/0.png") == ["a/0.png", "a/1.png"]
+    assert names("**/same.*") == ["a/same.jpg", "b/c/same.jpg"]
+    assert names("b/*") == [f"b/{name}" for name in ("cmyk.jpg", "cut.jpg", "empty.png", "gray.webp", "turned.jpg")]
+    assert names("b") == [
+        f"b/{n}" for n in ("c/same.jpg", "cmyk.jpg", "cut.jpg", "empty.png", "gray.webp", "turned.jpg")
+    ]
+    literal = save_image(pictures / "img[1].png")
+    assert find_images([str(literal)]) == [literal]
+
+
+def test_pictures_have_different_names(tmp_path):
+    files = [tmp_path / name for name in ("x/a.jpg", "y/a.jpg", "x/a.png", "x/a.bmp", "x/a.tif")]
+    assert picture_names(files) == ["x/a.jpg", "y/a.jpg", "x/a.png", "x/a.bmp.png", "x/a.tif.png"]
+    assert picture_names(files[:1]) == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"inputs": ["/nowhere/x.jpg"]}, FileNotFoundError, "/nowhere/x.jpg"),
+        ({"inputs": ["*.nothing"]}, FileNotFoundError, "No images"),
+        ({"inputs": []}, FileNotFoundError, "No inputs"),
+        ({"model": "/nowhere/model"}, FileNotFoundError, "/nowhere/model"),
+        ({"output_dir": "/proc/none"}, OSError, "/proc/none"),
+        ({"threshold": 1.5}, ValueError, "threshold"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"device": "cuda:99"}, ValueError, "cuda:99"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(model_directory, pictures, tmp_path, change, error, message):
+    arguments = {"model": str(model_directory), "inputs": [str(pictures)], "output_dir": str(tmp_path / "out")}
+    arguments |= change
+    with pytest.raises(error, match=message):
+        prepare_prediction(arguments.pop("model"), arguments.pop("inputs"), **arguments)
+
+
+def test_drawing_without_supervision_says_what_to_install(model_directory, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match=r"pip install deperceiver-hf\[drawing\]"):
+        run(model_directory, [pictures], tmp_path / "out")
+    run(model_directory, [pictures / "a" / "0.png"], tmp_path / "out", draw=False)
+
+
+def test_command_exit_codes(model_directory, pictures, tmp_path):
+    def command(*inputs):
+        arguments = ["--model", model_directory, "--output_dir", tmp_path / "out", "--device", "cpu", "--no_draw"]
+        return subprocess.run(
+            [sys.executable, SCRIPT, *arguments, *inputs], capture_output=True, text=True, check=False
+        )
+
+    failed = command(pictures / "a")
+    assert failed.returncode == 1, failed.stderr
+    assert "broken.jpg" in failed.stdout
+    assert len(read(tmp_path / "out")["images"]) == 7
+    nothing = command(pictures / "none.jpg")
+    assert nothing.returncode == 2
+    assert len(nothing.stderr.strip().splitlines()) == 1
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(40, 30), (640, 480), (3000, 2000), (8, 900)])
+def test_boxes_are_drawn_where_they_are(size):
+    image = Image.new("RGB", size, "black")
+    width, height = size
+    box = [width * 0.25, height * 0.25, width * 0.75, height * 0.75]
+    picture = draw_boxes(image, Boxes(np.array([box]), [2], [0.7]), NAMES, text=False)
+    scale = max(1, 640 / max(size))
+    assert picture.size == tuple(round(side * scale) for side in size)
+    rows, columns = np.nonzero(np.asarray(picture).sum(-1))
+    drawn = [columns.min(), rows.min(), columns.max(), rows.max()]
+    np.testing.assert_allclose(drawn, np.array(box) * scale, atol=max(2, max(picture.size) / 200))
+    assert np.asarray(image).sum() == 0  # the image itself is left alone
+
+
+def test_objects_at_and_over_the_border_and_none_at_all():
+    image = Image.new("L", (50, 50))
+    assert draw_boxes(image, Boxes(), NAMES).size == (640, 640)
+    boxes = np.array([[-20, -20, 500, 500], [0, 0, 0, 0], [49, 49, 50, 50]])
+    draw_boxes(image, Boxes(boxes, [0, 1, 2]), NAMES)
+
+
+def test_contact_sheet_shows_objects_and_detections_above_the_threshold():
+    data = load_detection_data("synthetic", "val", num_samples=3, image_size=64)
+    record = data.dataset[0]
+    predictions = [
+        {"image_id": record["image_id"], "category_id": data.category_ids[1], "bbox": [1, 2, 30, 40], "score": score}
+        for score in (0.9, 0.6, 0.2)
+    ]
+    rows = contact_sheet_rows(data, predictions, threshold=0.5, max_images=2)
+    assert [len(row.detected) for row in rows] == [2, 0]
+    assert [len(row.annotated) for row in rows] == [len(data.dataset[i]["objects"]["category"]) for i in range(2)]
+    np.testing.assert_array_equal(rows[0].detected.boxes[0], [1, 2, 31, 42])
+    assert rows[0].detected.labels == [1, 1]
+    sheet = draw_contact_sheet(rows, data.label_names, columns=1, cell_width=160)
+    empty = draw_contact_sheet(
+        [type(row)(row.image, Boxes(), Boxes()) for row in rows], data.label_names, columns=1, cell_width=160
+    )
+    assert sheet.size == empty.size
+    half = sheet.width // 2
+    for side in (slice(0, half), slice(half, None)):
+        assert (np.asarray(sheet)[:, side] != np.asarray(empty)[:, side]).any()
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_contact_sheet([], NAMES)

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: what a step does, what a run leaves behind, and when it stops."""
+
+import dataclasses
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch.optim.lr_scheduler import StepLR
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from deperceiver_hf.evaluation import EvaluationResult
+from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
+from deperceiver_hf.training.optimization import create_scheduler, learning_rates
+from training_runs import TINY_DETR, read_log, tiny_options
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """accelerate keeps the precision of the first run of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def scripted_ap(monkeypatch):
+    """Evaluations that find the APs given instead of looking."""
+
+    def script(*values: float) -> None:
+        remaining = iter(values)
+
+        def evaluate(*args, **kwargs) -> EvaluationResult:
+            return EvaluationResult({"ap": next(remaining)}, {}, [], num_images=1, seconds=0.0)
+
+        monkeypatch.setattr(trainer, "evaluate_detector", evaluate)
+
+    return script
+
+
+def weights_of(run: DetectionTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+
+def assert_equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def stop_at(monkeypatch, step: int, action) -> None:
+    """Let `action` happen when `step` optimizer steps have been done and the next one begins."""
+    original = DetectionTrainer.optimizer_step
+
+    def step_or_stop(self, batches, count):
+        if self.progress.step == step:
+            action()
+        return original(self, batches, count)
+
+    monkeypatch.setattr(DetectionTrainer, "optimizer_step", step_or_stop)
+
+
+def kill() -> None:
+    raise RuntimeError("killed")
+
+
+def train_until_killed(output_dir: Path, monkeypatch, step: int, **options) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, kill)
+        run = DetectionTrainer(tiny_options(output_dir, **options))
+        with pytest.raises(RuntimeError, match="killed"):
+            run.train()
+
+
+RESUMED_RUNS = {
+    "killed": {"checkpointing_steps": 2},
+    "killed with workers and accumulation": {
+        "checkpointing_steps": 1,
+        "num_workers": 2,
+        "gradient_accumulation_steps": 2,
+        "max_train_samples": 14,
+        "warmup_steps": 3,
+        "lr_scheduler": "cosine",
+    },
+    "killed in the second epoch": {"checkpointing_steps": 3, "lr_drop": 1, "group_by_aspect_ratio": True},
+    "killed in bfloat16": {"checkpointing_steps": 2, "use_bfloat": True},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED_RUNS)
+def test_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch, scripted_ap, name):
+    options = {"eval_every": 1, "dropout": 0.1, **RESUMED_RUNS[name]}
+    scripted_ap(0.2, 0.1)
+    straight = DetectionTrainer(tiny_options(tmp_path / "straight", **options))
+    expected = straight.train()
+
+    scripted_ap(*((0.2, 0.1, 0.1) if "second" in name else (0.2, 0.1)))
+    train_until_killed(tmp_path / "resumed", monkeypatch, 8 if "second" in name else 3, **options)
+    torch.manual_seed(99)  # nothing is left of the random state
+    resumed = DetectionTrainer(tiny_options(tmp_path / "resumed", **options, resume="auto"))
+    result = resumed.train()
+
+    assert resumed.best_models.top_k > 0
+    assert_equal_weights(weights_of(straight), weights_of(resumed))
+    moments = [run.optimizer.state_dict()["state"] for run in (straight, resumed)]
+    for left, right in zip(*(moment.values() for moment in moments), strict=True):
+        assert all(torch.equal(left[key], right[key]) for key in left)
+    assert resumed.progress.best == straight.progress.best
+    assert (result.step, result.epoch, result.best_ap) == (expected.step, expected.epoch, 0.2)
+    for kind in ("train", "eval"):
+        assert read_log(tmp_path / "resumed", kind) == read_log(tmp_path / "straight", kind)
+
+
+def test_resuming_starts_in_the_middle_of_the_epoch(tmp_path, monkeypatch):
+    train_until_killed(tmp_path, monkeypatch, 3, checkpointing_steps=2)
+    run = DetectionTrainer(tiny_options(tmp_path, checkpointing_steps=2, resume="auto"))
+    assert (run.progress.step, run.progress.epoch, run.progress.batches) == (2, 0, 2)
+    run.sampler.set_epoch(0, skip=2)
+    rest = list(run.sampler)
+    run.sampler.set_epoch(0)
+    assert rest == list(run.sampler)[2:]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state_and_ends_with_130(tmp_path, monkeypatch, capsys, number):
+    straight = DetectionTrainer(tiny_options(tmp_path / "straight"))
+    straight.train()
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, lambda: os.kill(os.getpid(), number))
+        options = tiny_options(tmp_path / "run")
+        assert run_script(patch, options) == 130
+    assert "--resume auto" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert signal.getsignal(number) is not None
+    resumed = DetectionTrainer(tiny_options(tmp_path / "run", resume="auto"))
+    assert resumed.progress.step == 5  # the step that was under way was finished
+    resumed.train()
+    assert_equal_weights(weights_of(straight), weights_of(resumed))
+
+
+def run_script(monkeypatch, options, *arguments: str) -> int:
+    """Exit code of `scripts/train.py` with what differs from the defaults in `options` as flags."""
+    flags = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name != "report_to" and value not in (field.default, None):
+            flags += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return ended.value.code
+
+
+def test_kill_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
+    straight = DetectionTrainer(tiny_options(tmp_path / "straight"))
+    straight.train()
+
+    run = DetectionTrainer(tiny_options(tmp_path / "run", checkpointing_steps=2))
+    save = run.accelerator.save_state
+
+    def save_half(directory):
+        if run.progress.step == 4:
+            (Path(directory) / "model.safetensors").write_bytes(b"half")
+            kill()
+        save(directory)
+
+    monkeypatch.setattr(run.accelerator, "save_state", save_half)
+    with pytest.raises(RuntimeError, match="killed"):
+        run.train()
+    resumed = DetectionTrainer(tiny_options(tmp_path / "run", checkpointing_steps=2, resume="auto"))
+    assert resumed.progress.step == 2
+    assert not list((tmp_path / "run").glob("*.incomplete"))
+    resumed.train()
+    assert_equal_weights(weights_of(straight), weights_of(resumed))
+
+
+def test_more_epochs_go_on_and_other_options_are_refused(tmp_path):
+    DetectionTrainer(tiny_options(tmp_path / "run", epochs=1)).train()
+    with pytest.raises(ValueError, match=r"lr was 0.001 and is 0.5"):
+        DetectionTrainer(tiny_options(tmp_path / "run", epochs=2, resume="auto", lr=0.5))
+    resumed = DetectionTrainer(tiny_options(tmp_path / "run", epochs=2, resume=str(tmp_path / "run")))
+    resumed.train()
+    straight = DetectionTrainer(tiny_options(tmp_path / "straight"))
+    straight.train()
+    assert_equal_weights(weights_of(straight), weights_of(resumed))
+
+
+def test_output_directory_is_not_mixed_with_another_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="--resume auto"):
+        DetectionTrainer(tiny_options(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="no complete training state"):
+        DetectionTrainer(tiny_options(tmp_path / "run", resume=str(tmp_path / "run")))
+    with pytest.raises(NotADirectoryError):
+        DetectionTrainer(tiny_options(tmp_path / "run" / "notes.txt"))
+
+    DetectionTrainer(tiny_options(tmp_path / "run", epochs=1, overwrite_output_dir=True)).train()
+    (first,) = (tmp_path / "run").glob("state-*")
+    with pytest.raises(FileNotFoundError):  # what cannot start deletes nothing
+        DetectionTrainer(tiny_options(tmp_path / "run", overwrite_output_dir=True, train_split="no such"))
+    assert first.exists()
+    DetectionTrainer(tiny_options(tmp_path / "run", max_steps=2, overwrite_output_dir=True)).train()
+    assert not first.exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_best_models_are_kept_ready_to_use(tmp_path, scripted_ap):
+    scripted_ap(0.1, 0.5, 0.2, 0.3, 0.5)
+    run = DetectionTrainer(tiny_options(tmp_path, epochs=5, eval_every=1, save_top_k=2, max_train_samples=4))
+    result = run.train()
+    assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-002-step-4", "epoch-005-step-10"]
+    assert (result.best_ap, Path(result.best_model).name) == (0.5, "epoch-005-step-10")
+    assert (tmp_path / "best").resolve() == Path(result.best_model).resolve()
+    assert json.loads((tmp_path / "best" / "metrics.json").read_text()) == {"epoch": 5, "step": 10, "ap": 0.5}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [(model["ap"], model["epoch"]) for model in summary["best_models"]] == [(0.5, 5), (0.5, 2)]
+
+    model = AutoModelForObjectDetection.from_pretrained(tmp_path / "best")
+    assert_equal_weights(model.state_dict(), run.model.state_dict())
+    assert model.config.id2label == run.train_data.id2label
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "best")
+    assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (64, 107)
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluated"),
+    [
+        ({"eval_every": 2, "epochs": 5}, [2, 4, 5]),
+        ({"eval_every": 1, "max_steps": 3}, [1, 1.5]),
+        ({"eval_every": 0}, []),
+    ],
+)
+def test_when_a_run_evaluates(tmp_path, scripted_ap, options, evaluated):
+    scripted_ap(*[0.1] * 5)
+    DetectionTrainer(tiny_options(tmp_path, max_train_samples=4, **options)).train()
+    assert [line["epoch"] for line in read_log(tmp_path, "eval")] == evaluated
+    AutoModelForObjectDetection.from_pretrained(tmp_path / "last")
+
+
+def test_evaluation_is_that_of_the_saved_model_and_leaves_training_alone(tmp_path):
+    runs = []
+    for every in (0, 1):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        runs.append(DetectionTrainer(tiny_options(tmp_path / str(every), eval_every=every, max_train_samples=4)))
+        runs[-1].train()
+    assert_equal_weights(weights_of(runs[0]), weights_of(runs[1]))
+    lines = read_log(tmp_path / "1", "eval")
+    assert [line["step"] for line in lines] == [2, 4]
+    assert {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"} <= lines[0].keys()
+
+
+SCHEDULES = {
+    "step": ({"lr_drop": 2}, lambda step: 0.1 ** (step // 6)),
+    "step with warm-up": ({"lr_drop": 2, "warmup_steps": 4}, lambda step: min(1, step / 4) * 0.1 ** (step // 6)),
+    "default drop": ({"epochs": 100}, lambda step: 0.1 ** (step // (33 * 3))),
+    "constant": ({"lr_scheduler": "constant", "warmup_steps": 2}, lambda step: min(1, step / 2)),
+    "linear": ({"lr_scheduler": "linear"}, lambda step: 1 - step / 15),
+    "cosine": (
+        {"lr_scheduler": "cosine", "warmup_steps": 5},
+        lambda step: step / 5 if step < 5 else 0.5 + 0.5 * math.cos(math.pi * (step - 5) / 10),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rate_of_every_step(tmp_path, name):
+    fields, factor = SCHEDULES[name]
+    options = tiny_options(tmp_path, lr=0.2, lr_backbone=0.01, **{"epochs": 5, **fields})
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [
+        {"name": group, "params": [parameter], "lr": rate}
+        for group, parameter, rate in zip(("model", "backbone"), parameters, (0.2, 0.01), strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.2)
+    total = 3 * options.epochs
+    scheduler = create_scheduler(optimizer, options, steps_per_epoch=3, total_steps=total)
+    for step in range(total):
+        rates = learning_rates(optimizer)
+        assert rates == pytest.approx({"lr": 0.2 * factor(step), "lr_backbone": 0.01 * factor(step)})
+        optimizer.step()
+        scheduler.step()
+
+
+def test_step_schedule_is_that_of_torch():
+    optimizers = [torch.optim.SGD([{"name": "model", "params": [torch.zeros(1)]}], lr=1.0) for _ in range(2)]
+    ours = create_scheduler(optimizers[0], tiny_options(Path("unused"), lr_drop=4), steps_per_epoch=1, total_steps=12)
+    theirs = StepLR(optimizers[1], step_size=4)
+    for _ in range(12):
+        assert ours.get_last_lr() == pytest.approx(theirs.get_last_lr())
+        for scheduler in (*optimizers, ours, theirs):
+            scheduler.step()
+
+
+def test_accumulated_gradient_is_the_mean_over_batches(tmp_path):
+    options = {"clip_max_norm": 0, "gradient_accumulation_steps": 3, "batch_size": 1, "max_train_samples": 4}
+    run = DetectionTrainer(tiny_options(tmp_path, **options, no_aux_loss=True, epochs=1))
+    assert run.total_steps == 2  # three batches, and the one that is left
+    batches = [run.collate([run.dataset[index]]) for index in range(3)]
+    run.model.train()
+    expected = [torch.zeros_like(parameter) for parameter in run.parameters]
+    for batch in batches:
+        run.model.zero_grad()
+        run.model(**batch).loss.backward()
+        for mean, parameter in zip(expected, run.parameters, strict=True):
+            mean += parameter.grad / 3
+    run.optimizer_step(iter(batches), 3)
+    for mean, parameter in zip(expected, run.parameters, strict=True):
+        torch.testing.assert_close(parameter.grad, mean)
+    assert run.scheduler.last_epoch == 1
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.1])
+def test_gradient_is_clipped_by_norm(tmp_path, max_norm):
+    run = DetectionTrainer(tiny_options(tmp_path, clip_max_norm=max_norm))
+    run.model.train()
+    run.optimizer_step(iter([run.collate([run.dataset[0]])]), 1)
+    norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in run.parameters]))
+    assert run._grad_norm > 1
+    torch.testing.assert_close(norm, torch.tensor(max_norm) if max_norm else run._grad_norm, rtol=1e-4, atol=0)
+
+
+def test_backbone_has_its_own_learning_rate_and_none_freezes_it(tmp_path):
+    for name, rate in (("trained", 3e-4), ("frozen", 0.0)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run = DetectionTrainer(tiny_options(tmp_path / name, lr_backbone=rate, max_steps=2))
+        before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
+        rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+        run.train()
+        changed = {
+            name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])
+        }
+        in_backbone = {name for name in changed if "backbone" in name}
+        if rate:
+            assert rates == {"model": 1e-3, "backbone": 3e-4}
+            assert in_backbone
+        else:
+            assert rates == {"model": 1e-3}
+            assert not in_backbone
+        assert changed - in_backbone
+
+
+BROKEN_RUNS = {
+    "infinite loss": ({"bbox_loss_coef": 1e39}, r"loss inf, .*loss_bbox \d\.\d+"),
+    "broken predictions": ({}, r"not: logits"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_RUNS)
+def test_loss_that_is_not_finite_stops_with_step_and_terms(tmp_path, name):
+    options, reported = BROKEN_RUNS[name]
+    run = DetectionTrainer(tiny_options(tmp_path, **options, checkpointing_steps=1))
+    if not options:
+        stop = DetectionTrainer.optimizer_step
+
+        def break_third_step(batches, count):
+            if run.progress.step == 2:
+                with torch.no_grad():
+                    run.parameters[-1].fill_(torch.nan)
+                    next(p for n, p in run.model.named_parameters() if "class" in n).fill_(torch.nan)
+            return stop(run, batches, count)
+
+        run.optimizer_step = break_third_step
+    with pytest.raises(NonFiniteLossError, match=reported) as error:
+        run.train()
+    assert f"at step {1 if options else 3} (epoch 1)" in str(error.value)
+    states = [path.name for path in tmp_path.glob("state-*")]
+    assert states == ([] if options else ["state-00000002-0000"])
+
+
+def test_gradient_that_is_not_finite_is_never_saved(tmp_path):
+    run = DetectionTrainer(tiny_options(tmp_path, checkpointing_steps=1))
+    weight = run.parameters[-1]
+    weight.register_hook(lambda gradient: gradient * torch.nan if run.progress.step == 1 else gradient)
+    with pytest.raises(NonFiniteLossError, match="gradient is not finite at step 2"):
+        run.train()
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000001-0000"]
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):
+    run = DetectionTrainer(tiny_options(tmp_path, use_bfloat=True, max_steps=1))
+    seen = set()
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    run.train()
+    assert torch.bfloat16 in seen
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    assert run.accelerator.mixed_precision == "bf16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is possible")
+def test_float16_is_refused_without_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="--use_bfloat"):
+        DetectionTrainer(tiny_options(tmp_path, amp=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_float16_overflow_of_the_scaler_is_no_error(tmp_path):
+    run = DetectionTrainer(tiny_options(tmp_path, amp=True))
+    run.accelerator.scaler._init_scale = 2.0**40
+    run.train()
+    assert run.accelerator.scaler.get_scale() < 2.0**40
+
+
+def test_trackers_get_the_numbers_of_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = DetectionTrainer(tiny_options(tmp_path, report_to=["tensorboard"], project="shapes", max_steps=3))
+    run.train()
+    events = EventAccumulator(str(tmp_path / "shapes")).Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert logged == pytest.approx({line["step"]: line["loss"] for line in read_log(tmp_path, "train")})
+
+
+def test_log_lines_are_means_over_their_interval(tmp_path):
+    fine, coarse = (tmp_path / name for name in ("fine", "coarse"))
+    DetectionTrainer(tiny_options(fine, epochs=1, log_every=1)).train()
+    DetectionTrainer(tiny_options(coarse, epochs=1, log_every=4)).train()
+    single = [line["loss"] for line in read_log(fine, "train")]
+    means = [sum(single[start:end]) / (end - start) for start, end in pairwise((0, 4, 6))]
+    assert [line["loss"] for line in read_log(coarse, "train")] == pytest.approx(means)
+    assert {"loss_ce", "loss_bbox", "loss_giou", "class_error", "grad_norm", "lr", "lr_backbone"} <= (
+        read_log(coarse, "train")[0].keys()
+    )
+
+
+def test_training_learns(tmp_path):
+    run = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, epochs=15, augmentation="none", clip_max_norm=1.0))
+    run.train()
+    losses = [line["loss"] for line in read_log(tmp_path, "train")]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "/no/such/directory"], "/no/such/directory"),
+        (["--batch_size", "50"], "batch"),
+        (["--backbone", "no_such_net"], "no_such_net"),
+        (["--hidden_dim", "18"], "d_model"),
+        (["--bbox_loss_coef", "-1"], "--bbox_loss_coef"),
+        (["--model", "/no/such/model"], "--hidden_dim"),
+    ],
+)
+def test_errors_of_the_user_are_one_line(tmp_path, monkeypatch, capfd, arguments, message):
+    assert run_script(monkeypatch, tiny_options(tmp_path), *arguments) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny training runs that several test files make."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deperceiver_hf.training import TrainingOptions
+
+TINY_DEPERCEIVER = {
+    "backbone": "test_resnet",
+    "no_pretrained_backbone": True,
+    "num_latents": 8,
+    "enc_blocks": 1,
+    "enc_layers_per_block": 1,
+    "hidden_dim": 16,
+    "nheads": 2,
+    "num_queries": 12,
+}
+TINY_DETR = {
+    "architecture": "detr",
+    "backbone": "test_resnet",
+    "no_pretrained_backbone": True,
+    "enc_layers": 1,
+    "dec_layers": 3,
+    "dim_feedforward": 16,
+    "hidden_dim": 16,
+    "nheads": 2,
+    "num_queries": 12,
+}
+
+
+def tiny_options(output_dir: Path, model: dict[str, Any] = TINY_DEPERCEIVER, **options: Any) -> TrainingOptions:
+    """Two epochs of six steps on synthetic scenes, without evaluation."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "shortest_edge": 64,
+        "max_train_samples": 12,
+        "max_eval_samples": 3,
+        "num_workers": 0,
+        "epochs": 2,
+        "eval_every": 0,
+        "log_every": 1,
+        "lr": 1e-3,
+    }
+    return TrainingOptions(**{**defaults, **model, **options})
+
+
+def read_log(output_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of one kind in a run's log, without what depends on the clock."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "images_per_second")
+    return [{key: line[key] for key in line if key not in clock} for line in lines if line["kind"] == kind]
