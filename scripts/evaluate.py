@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a saved detector: print the COCO numbers, write them as JSON, and the detections in COCO's result format.
 
-Starts plainly or by `accelerate launch`, with the same figures.
+Starts plainly, by `accelerate launch` or by `torchrun`, with the same figures. Ends with code 2 and nothing done if
+the arguments make no sense.
 """
 
 import argparse

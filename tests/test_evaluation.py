@@ -480,6 +480,8 @@ def test_command_ends_with_one_line_for_a_mistake(coco_directory, tmp_path):
         ({"device": "toaster"}, ValueError, "toaster"),
         ({"mixed_precision": "int3"}, ValueError, "int3"),
         ({"max_detections": (10, 1)}, ValueError, "max_detections"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"num_workers": -1}, ValueError, "num_workers"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(model_directory, coco_directory, tmp_path, change, error, message):

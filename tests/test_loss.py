@@ -247,7 +247,7 @@ def joint_batch():
 
 @pytest.mark.slow
 def test_box_gradients_of_two_processes_equal_those_of_the_joint_batch():
-    """Boxes are normalised by their mean number over processes, so the averaged box gradients are those of one process.
+    """Boxes are normalised by their mean number over processes, so their averaged gradients are those of one process.
 
     The class term is a weighted mean within each process, as in the original, so the heads of the two are told apart:
     with its weight at 0 everything must agree.

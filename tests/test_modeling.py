@@ -248,7 +248,7 @@ def test_learned_positions_end_with_their_tables():
     torch.testing.assert_close(within[0, 4:, :, 0].T, encoding.row_embedding.weight[:3])
     model = tiny_model(position_embedding_type="learned", num_position_embeddings=5)
     assert model(torch.randn(1, 3, 80, 48)).logits.isfinite().all()
-    with pytest.raises(ValueError, match=r"6 x 3 cells .* num_position_embeddings"):
+    with pytest.raises(ValueError, match=r"6 x 3 cells .*num_position_embeddings"):
         model(torch.randn(1, 3, 96, 48))
 
 

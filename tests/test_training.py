@@ -92,7 +92,7 @@ RESUMED_RUNS = {
         "lr_scheduler": "cosine",
     },
     "killed in the second epoch": {"checkpointing_steps": 3, "lr_drop": 1, "group_by_aspect_ratio": True},
-    "killed in bfloat16": {"checkpointing_steps": 2, "use_bfloat": True},
+    "killed in bfloat16": {"checkpointing_steps": 2, "use_bfloat": True, "log_every": 5},
 }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from deperceiver_hf.data import load_detection_data
@@ -49,6 +50,11 @@ def work(directory: Path) -> None:
     except NonFiniteLossError as error:
         (directory / f"error-{broken.accelerator.process_index}.txt").write_text(str(error))
     DetectionTrainer(run_options(directory / "run")).train()
+    scratch = DetectionTrainer(tiny_options(directory / "scratch", eval_every=1, max_steps=2))
+    scratch.train()
+    save_file(
+        scratch.model.module.state_dict(), directory / f"scratch-{scratch.accelerator.process_index}.safetensors"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,15 @@ def test_all_processes_stop_when_the_loss_of_one_is_not_finite(two_processes):
     assert "at step 3" in reports[0]
     assert "process 1: matching needs finite numbers" in reports[0]
     assert [path.name for path in (two_processes / "broken").glob("state-*")] == ["state-00000002-0000"]
+
+
+def test_processes_evaluate_the_model_that_is_saved(two_processes):
+    saved = load_file(two_processes / "scratch" / "best" / "model.safetensors")
+    assert any("running_mean" in name for name in saved)
+    for index in range(2):
+        held = load_file(two_processes / f"scratch-{index}.safetensors")
+        assert held.keys() == saved.keys()
+        assert [name for name in saved if not torch.equal(saved[name], held[name])] == []
 
 
 def test_another_number_of_processes_cannot_resume(two_processes):

@@ -93,6 +93,9 @@ def prepare_evaluation(
     )
     if output_file.resolve() == predictions_file.resolve():
         raise ValueError(f"{output} cannot hold both the metrics and the predictions; give two names.")
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if options.get(name, least) < least:
+            raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
     check_max_detections(options.get("max_detections", COCO_MAX_DETECTIONS))
     accelerator = make_accelerator(device)
     autocast_context(accelerator, mixed_precision)

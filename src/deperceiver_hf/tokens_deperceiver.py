@@ -81,7 +81,7 @@ def mask_of_cells(pixel_mask: torch.Tensor, height: int, width: int) -> torch.Te
 
 
 class HiddenPadding(TorchFunctionMode):
-    """Within this context every convolution sees zeros where its input is padding, as it does beyond the border.
+    """Within this context convolutions and max-pooling see zeros where their input is padding, as beyond the border.
 
     Otherwise a backbone writes into the padding what its filters make of the image's edge, reads it in the next layer,
     and gives another result for an image that is padded than for the image alone.
@@ -95,7 +95,8 @@ class HiddenPadding(TorchFunctionMode):
         self.pixel_mask = pixel_mask[:, None]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.conv2d:
+        pointwise = func is torch.conv2d and args[1].shape[-2:] == (1, 1)  # never looks at a neighbour
+        if func in (torch.conv2d, nn.functional.max_pool2d) and not pointwise:
             features, *others = args
             args = (features * mask_of_cells(self.pixel_mask, *features.shape[-2:]).to(features.dtype), *others)
         return func(*args, **(kwargs or {}))

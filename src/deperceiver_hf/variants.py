@@ -111,7 +111,7 @@ class MultiscaleDetr(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `(B, Q, num_labels + 1)` and boxes `(B, Q, 4)` of images `(B, 3, H, W)` without padding."""
-        tokens, _ = self.input_adapter(self.backbone(pixel_values), None)
+        tokens, _ = self.input_adapter(self.backbone(pixel_values))
         encoded = self.encoder(inputs_embeds=tokens).last_hidden_state
         positions = self.query_position_embeddings.weight.expand(tokens.shape[0], -1, -1)
         decoded = self.decoder(

@@ -315,14 +315,15 @@ class DetectionTrainer:
 
     def _main_process_first(self, function: Callable[[], Result]) -> Result:
         """Call on the main process, then on the others, which find its downloads; its error is raised on all."""
-        error: list[Any] = [None]
+        error: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 result = function()
             except (ValueError, OSError) as raised:
-                error = [raised]
-        if (raised := broadcast_object_list(error)[0]) is not None:
-            raise raised
+                error = raised
+        (message,) = broadcast_object_list([error and str(error)])  # not every exception can be pickled
+        if message is not None:
+            raise error or ValueError(message)
         return result if self.accelerator.is_main_process else function()
 
     def _tick(self) -> None:
