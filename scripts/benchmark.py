@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         parents=[shared],
         allow_abbrev=False,
         help="count for one image, without weights and in seconds",
-        description="Count FLOPs (2 for a multiplication with its addition), activations and parameters for one image.",
+        description="Count FLOPs (a multiplication with its addition is 2), activations and parameters.",
     )
     cost.add_argument("--models", nargs="+", default=list(VARIANT_NAMES), metavar="NAME", help=f"{names} (all).")
     timing = modes.add_parser(
@@ -50,7 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     timing.add_argument("--batch_size", type=int, default=1, help="Images in a pass (%(default)s).")
     timing.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s).")
-    timing.add_argument("--dtype", choices=list(DTYPES), default="float32", help="Of weights and images (%(default)s).")
+    timing.add_argument(
+        "--dtype", choices=list(DTYPES), default="float32", help="Of weights and images (%(default)s)."
+    )
     timing.add_argument("--attn_implementation", default="sdpa", help="sdpa, eager, ... (%(default)s).")
     timing.add_argument("--compile", action="store_true", help="Compile the models with torch.compile.")
     timing.add_argument("--warmup", type=int, default=2, help="Passes that do not count (%(default)s).")

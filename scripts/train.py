@@ -26,6 +26,7 @@ def main() -> int:
         return fail(error, 1)
     if trainer.accelerator.is_main_process:
         print(result.summary())
+    trainer.accelerator.end_training()
     return 130 if result.interrupted else 0
 
 

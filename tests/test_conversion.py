@@ -235,7 +235,7 @@ def test_dilated_backbone_is_that_of_torchvision():
         features = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
         for stage in (reference.layer1, reference.layer2, reference.layer3, reference.layer4):
             features = stage(features)
-        (ours,) = model.model.backbone(x)
+        ((ours, _),) = model.model.backbone(x)
     assert ours.shape == (1, 2048, 6, 4)
     torch.testing.assert_close(ours, features, rtol=1e-4, atol=1e-4)
 

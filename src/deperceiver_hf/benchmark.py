@@ -112,9 +112,7 @@ def compare_costs(
     _check_at_least_one(num_latents=num_latents)
     rows = {}
     for name in models:
-        make = partial(
-            make_variant, name, backbone=backbone, num_latents=num_latents, attn_implementation="eager"
-        )
+        make = partial(make_variant, name, backbone=backbone, num_latents=num_latents, attn_implementation="eager")
         rows[name] = asdict(count_cost(make, height, width))
     return BenchmarkReport(
         kind="cost",
@@ -172,14 +170,14 @@ def compare_times(
     _check_at_least_one(batch_size=batch_size, repeats=repeats, num_latents=num_latents)
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, not {warmup}.")
+    if compile and warmup == 0:
+        raise ValueError("a compiled model is compiled in its first pass: warmup must be at least 1, not 0.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     target = _find_device(device)
     made: dict[str, nn.Module] = {}
     for name in models:
-        model = make_variant(
-            name, backbone=backbone, num_latents=num_latents, attn_implementation=attn_implementation
-        )
+        model = make_variant(name, backbone=backbone, num_latents=num_latents, attn_implementation=attn_implementation)
         model = model.to(target, DTYPES[dtype])
         made[name] = torch.compile(model) if compile else model
     pixel_values = torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
@@ -206,8 +204,7 @@ def compare_times(
             "timm": timm.__version__,
         },
         rows={
-            name: asdict(timing)
-            | {"ratio": timing.latency / reference if timing.latency and reference else None}
+            name: asdict(timing) | {"ratio": timing.latency / reference if timing.latency and reference else None}
             for name, timing in timings.items()
         },
         columns={
@@ -215,7 +212,11 @@ def compare_times(
             "quartiles (ms)": lambda row: " to ".join(f"{1e3 * value:,.1f}" for value in row["quartiles"] or ()),
             f"relative to {models[0]}": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}",
             **(
-                {"peak memory (MiB)": lambda row: "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"}
+                {
+                    "peak memory (MiB)": lambda row: (
+                        "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"
+                    )
+                }
                 if target.type == "cuda"
                 else {}
             ),
@@ -277,7 +278,9 @@ def check_models(models: Sequence[str]) -> None:
     """Refuse unknown and repeated names with a `ValueError`."""
     unknown = [name for name in models if name not in VARIANT_NAMES]
     if unknown or not models:
-        raise ValueError(f"there is no model {', '.join(unknown) or '(none given)'}; choose from {', '.join(VARIANT_NAMES)}.")
+        raise ValueError(
+            f"there is no model {', '.join(unknown) or '(none given)'}; choose from {', '.join(VARIANT_NAMES)}."
+        )
     if len(set(models)) < len(models):
         raise ValueError(f"a model is named twice in {', '.join(models)}.")
 

@@ -5,23 +5,23 @@ The model is made and run on PyTorch's meta device, where arrays have shapes but
 fraction of a second and no memory, also for models that no machine could run.
 
 A multiplication with its addition counts as 2 FLOPs, and only matrix products and convolutions count, as in
-`torch.utils.flop_counter`. By hand, for one image, with N tokens of D channels made from C channels of a single feature
-map, M latents of L channels, S self-attention layers passed, Q queries, K class logits (no-object included), widening
-factors 1 and the decoder of a single cross-attention:
+`torch.utils.flop_counter`. By hand, for one image, with N tokens of D channels made from C channels of a single
+feature map, M latents of L channels, S self-attention layers passed, Q queries, K class logits (no-object included),
+widening factors 1 and the decoder of a single cross-attention:
 
     1x1 convolution to tokens      2 N C D
-    latents read the tokens        2 M L^2 (queries) + 4 N D L (keys, values) + 4 M N L (scores, sum) + 2 M L^2 (output)
-                                   + 4 M L^2 (MLP)
+    latents read the tokens        2 M L^2 (queries) + 4 N D L (keys, values) + 4 M N L (scores, sum)
+                                   + 2 M L^2 (output) + 4 M L^2 (MLP)
     self-attention, S times        8 M L^2 (four projections) + 4 M^2 L (scores, sum) + 4 M L^2 (MLP)
     queries read the latents       2 Q D^2 + 4 M L D + 4 Q M D + 2 Q D^2 + 4 Q D^2
     heads                          2 Q D K + 4 Q D^2 + 8 Q D
 
-N occurs in the first two rows only, and not squared: what follows the backbone is an affine function of N with the slope
-2 C D + 4 D L + 4 M L. DETR's encoder has N^2 in every layer (4 N^2 D for scores and sum).
+N occurs in the first two rows only, and not squared: what follows the backbone is an affine function of N with the
+slope 2 C D + 4 D L + 4 M L. DETR's encoder has N^2 in every layer (4 N^2 D for scores and sum).
 
 Activations are the elements that these matrix products and convolutions put out, the usual count, and with attention
-computed plainly, so that its weights (M N for DePerceiver, heads N^2 per encoder layer for DETR) are among them. They are
-also given alone: fused attention kernels do not store them.
+computed plainly, so that its weights (M N for DePerceiver, heads N^2 per encoder layer for DETR) are among them. They
+are also given alone: fused attention kernels do not store them.
 """
 
 from collections.abc import Callable
@@ -75,8 +75,8 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
     """Count what a detector costs for one image without padding.
 
     Args:
-        make_model: Makes a DePerceiver, transformers' DETR or a [`~deperceiver_hf.variants.MultiscaleDetr`], with eager
-            attention.
+        make_model: Makes a DePerceiver, transformers' DETR or a [`~deperceiver_hf.variants.MultiscaleDetr`], with
+            eager attention.
         height, width: Size of the image that the model sees, in pixels.
         num_channels: Of the image.
 

@@ -71,9 +71,7 @@ def make_variant(
     # As a dictionary it is for the transformer alone; timm's backbones choose for themselves.
     attention = {"": attn_implementation}
     if architecture == "deperceiver":
-        config = deperceiver_variant(
-            scale, backbone=backbone, num_latents=num_latents, attn_implementation=attention
-        )
+        config = deperceiver_variant(scale, backbone=backbone, num_latents=num_latents, attn_implementation=attention)
         return DePerceiverForObjectDetection(config).eval()
     strides = SCALES[scale]
     config = DetrConfig(

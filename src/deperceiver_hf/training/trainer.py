@@ -157,7 +157,9 @@ class DetectionTrainer:
                 "options": dataclasses.asdict(self.options),
             }
             write_json(self.output_dir / "summary.json", summary)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # the processes stay together: the caller may go on
+            tracker.finish()
+        self.accelerator.trackers = []
         return result
 
     def fingerprint(self) -> dict[str, Any]:

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts are those of pencil and paper, and grow with the tokens as the architecture says. Times are never judged."""
+
+import json
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from deperceiver_hf import DePerceiverForObjectDetection
+from deperceiver_hf.benchmark import compare_costs, compare_times, time_models
+from deperceiver_hf.cost import Cost, count_cost
+from deperceiver_hf.variants import SCALES, VARIANT_NAMES, deperceiver_variant, make_variant
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SMALL = {"backbone": "resnet18", "num_latents": 24}
+
+
+def count(name: str, height: int, width: int, **options) -> Cost:
+    options = {**SMALL, **options}
+    return count_cost(partial(make_variant, name, attn_implementation="eager", **options), height, width)
+
+
+def flops_by_hand(tokens: int, channels: int, latents: int) -> int:
+    """FLOPs after the backbone of the original's decoder without auxiliary losses: see the docstring of `cost`."""
+    d, queries, logits, layers = 256, 100, 92, 18
+    projection = 2 * tokens * channels * d
+    reading = 8 * latents * d**2 + 4 * tokens * d * d + 4 * latents * tokens * d
+    thinking = layers * (12 * latents * d**2 + 4 * latents**2 * d)
+    decoding = 8 * queries * d**2 + 4 * latents * d * d + 4 * queries * latents * d
+    return projection + reading + thinking + decoding + 2 * queries * d * logits + 4 * queries * d**2 + 8 * queries * d
+
+
+def activations_by_hand(tokens: int, latents: int) -> tuple[int, int]:
+    """Elements put out by matrix products and convolutions after the backbone, and attention weights among them."""
+    d, queries, logits, layers, heads = 256, 100, 92, 18, 8
+    weights = latents * tokens + layers * heads * latents**2 + queries * latents
+    reading = tokens * d + (2 * tokens + 5 * latents) * d
+    thinking = layers * 7 * latents * d
+    decoding = (2 * latents + 5 * queries) * d
+    return weights + reading + thinking + decoding + queries * (logits + 2 * d + 4), weights
+
+
+@pytest.mark.parametrize("latents", [1024, 2048])
+def test_counts_are_those_made_by_hand(latents):
+    cost = count("deperceiver-16", 800, 1333, backbone="resnet50", num_latents=latents)
+    assert cost.tokens == 50 * 84
+    assert cost.flops_after_backbone == flops_by_hand(cost.tokens, 1024, latents)
+    assert (cost.activations_after_backbone, cost.attention_weights) == activations_by_hand(cost.tokens, latents)
+    assert cost.flops == cost.backbone_flops + cost.flops_after_backbone
+
+
+def test_parameters_are_those_of_the_model():
+    cost = count("deperceiver-32", 64, 64)
+    model = DePerceiverForObjectDetection(deperceiver_variant("32", **SMALL))
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost.backbone_parameters == sum(parameter.numel() for parameter in model.model.backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "is_affine"),
+    [(f"deperceiver-{scale}", True) for scale in SCALES] + [("detr-32", False), ("detr-multiscale", False)],
+)
+@pytest.mark.parametrize("figure", ["flops_after_backbone", "activations_after_backbone", "attention_weights"])
+def test_only_deperceiver_is_affine_in_the_tokens(name, is_affine, figure):
+    costs = [count(name, 64, width) for width in (64, 160, 256)]
+    (x0, y0), (x1, y1), (x2, y2) = [(cost.tokens, getattr(cost, figure)) for cost in costs]
+    assert x0 < x1 < x2
+    assert ((y1 - y0) * (x2 - x1) == (y2 - y1) * (x1 - x0)) == is_affine
+
+
+def test_multiscale_has_the_tokens_of_its_scales():
+    tokens = {name: count(name, 96, 128).tokens for name in VARIANT_NAMES}
+    for architecture in ("detr", "deperceiver"):
+        parts = [tokens[f"{architecture}-{scale}"] for scale in ("32", "16", "8")]
+        assert parts == [3 * 4, 6 * 8, 12 * 16]
+        assert tokens[f"{architecture}-multiscale"] == sum(parts)
+
+
+def test_counting_leaves_no_real_arrays():
+    made = []
+
+    def make() -> torch.nn.Module:
+        made.append(make_variant("detr-32", attn_implementation="eager", **SMALL))
+        return made[0]
+
+    count_cost(make, 64, 64)
+    assert all(tensor.is_meta for tensor in made[0].state_dict().values())
+
+
+def test_fused_attention_is_not_counted():
+    with pytest.raises(ValueError, match="must be eager"):
+        count_cost(partial(make_variant, "deperceiver-32", **SMALL), 64, 64)
+
+
+@pytest.mark.parametrize("name", ["detr-16", "detr-multiscale", "deperceiver-multiscale"])
+def test_every_kind_of_model_predicts(name):
+    outputs = make_variant(name, **SMALL)(torch.randn(2, 3, 64, 64))
+    logits, boxes = outputs if isinstance(outputs, tuple) else (outputs.logits, outputs.pred_boxes)
+    assert logits.shape == (2, 100, 92)
+    assert boxes.shape == (2, 100, 4)
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+
+
+def test_models_take_turns():
+    calls = []
+
+    class Recorder(torch.nn.Module):
+        def __init__(self, name: str):
+            super().__init__()
+            self.name = name
+
+        def forward(self, pixel_values: torch.Tensor) -> None:
+            calls.append(self.name)
+
+    timings = time_models({name: Recorder(name) for name in "ab"}, torch.zeros(1, 3, 8, 8), warmup=1, repeats=3)
+    assert calls == list("abbaabba")
+    assert all(timing.latency > 0 and timing.peak_memory is None for timing in timings.values())
+
+
+def test_a_model_without_memory_drops_out_alone():
+    class Hungry(torch.nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> None:
+            raise torch.cuda.OutOfMemoryError("no memory")
+
+    models = {"hungry": Hungry(), "modest": torch.nn.Identity()}
+    timings = time_models(models, torch.zeros(1, 3, 8, 8), warmup=1, repeats=2)
+    assert timings["hungry"].latency is None
+    assert timings["modest"].latency is not None
+
+
+def test_times_are_related_to_the_first_model():
+    names = ["deperceiver-32", "detr-32"]
+    report = compare_times(names, height=64, width=64, warmup=0, repeats=1, progress=False, **SMALL)
+    rows = report.rows
+    assert list(rows) == names
+    assert rows[names[0]]["ratio"] == 1
+    assert rows[names[1]]["ratio"] == rows[names[1]]["latency"] / rows[names[0]]["latency"]
+    assert report.markdown().count("\n| d") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ["detr-4"]}, "no model detr-4"),
+        ({"models": []}, "none given"),
+        ({"models": ["detr-8", "detr-8"]}, "named twice"),
+        ({"height": 31}, "at least 32 pixels"),
+        ({"num_latents": 0}, "num_latents must be at least 1"),
+        ({"backbone": "no_such_model"}, "no_such_model"),
+    ],
+)
+def test_impossible_costs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        compare_costs(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu9"}, "device must be"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+        ({"dtype": "int8"}, "dtype must be"),
+        ({"repeats": 0}, "repeats must be"),
+        ({"compile": True, "warmup": 0}, "warmup must be"),
+        ({"attn_implementation": "telepathy"}, "telepathy"),
+    ],
+)
+def test_impossible_timings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        compare_times(["deperceiver-32"], **{**SMALL, **options})
+
+
+def run_script(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return ended.value.code
+
+
+def test_script_writes_what_it_prints(monkeypatch, capsys, tmp_path):
+    arguments = ["cost", "--models", "detr-32", "deperceiver-8", "--backbone", "resnet18", "--width", "64"]
+    for name in ("report.json", "report.md"):
+        assert run_script(monkeypatch, *arguments, "--output", str(tmp_path / name)) == 0
+        printed = capsys.readouterr().out
+    assert (tmp_path / "report.md").read_text() == printed
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["width"] == 64
+    assert report["models"]["deperceiver-8"]["tokens"] == 100 * 8
+    assert "| deperceiver-8 | 800 |" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments", [["cost", "--height", "1"], ["cost", "--output", "report.txt"], ["time", "--repeats", "0"]]
+)
+def test_script_refuses_in_one_line(monkeypatch, capsys, arguments):
+    assert run_script(monkeypatch, *arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("benchmark.py: error: ")
+    assert errors.count("\n") == 1

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The committed cards are what the template makes; figures that nobody measured are in none of them."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from deperceiver_hf.model_card import (
+    CARD_NAMES,
+    MEASURED_FILE,
+    PAPER_RESULTS,
+    make_model_card,
+    read_evaluation,
+    write_model_cards,
+)
+from deperceiver_hf.training import deperceiver_config, parse_arguments
+from deperceiver_hf.variants import deperceiver_variant
+
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "model_cards"
+EVALUATION = {
+    "metrics": {
+        **{"ap": 0.12345, "ap50": 0.25, "ap75": 0.1, "ap_small": -1, "ap_medium": 0.05, "ap_large": 0.2, "ar100": 0.3}
+    },
+    "per_class": {"person": 0.1},
+    "model": "/home/someone/run/best",
+    "dataset": "/home/someone/coco",
+    "split": "val",
+    "num_images": 5000,
+    "date": "2031-02-03",
+}
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory) -> Path:
+    """The cards, made again from what was measured for the committed ones."""
+    directory = tmp_path_factory.mktemp("cards")
+    if (CARDS / MEASURED_FILE).exists():
+        shutil.copy(CARDS / MEASURED_FILE, directory)
+    write_model_cards(directory)
+    return directory
+
+
+def write_evaluation(path: Path, **changes) -> Path:
+    path.write_text(json.dumps({**EVALUATION, **changes}))
+    return path
+
+
+def test_committed_cards_are_up_to_date(cards):
+    names = sorted(file.name for file in cards.glob("*.md"))
+    assert names == sorted(file.name for file in CARDS.glob("*.md"))
+    assert len(names) == len(CARD_NAMES)
+    for name in names:
+        assert (CARDS / name).read_text() == (cards / name).read_text(), "run scripts/make_model_cards.py"
+
+
+def test_cards_have_metadata_and_no_unmeasured_figure(cards):
+    measured = json.loads((cards / MEASURED_FILE).read_text()) if (cards / MEASURED_FILE).exists() else {}
+    for key, scale in CARD_NAMES.items():
+        text = (cards / f"deperceiver-r50-{scale}.md").read_text()
+        data = ModelCard(text).data
+        assert (data.license, data.library_name, data.pipeline_tag) == (
+            "apache-2.0",
+            "transformers",
+            "object-detection",
+        )
+        if key not in measured:
+            assert data.eval_results is None
+            assert "Measured" not in text
+            # The rows of the paper are the only accuracies.
+            rows = [row for row in text.split("## Results")[1].splitlines() if re.match(r"\| .*\d\.\d", row)]
+            assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(PAPER_RESULTS)
+        assert not re.search(r"TBD|TODO|None|\{[{%]|\n\n\n", text)
+        assert all(len(line) < 200 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("scale", CARD_NAMES.values())
+def test_training_command_makes_the_configuration_of_the_card(cards, scale):
+    text = (cards / f"deperceiver-r50-{scale}.md").read_text()
+    command = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ").split()
+    options = parse_arguments(command[command.index("scripts/train.py") + 1 :])
+    trained = deperceiver_config(options, [f"class {index}" for index in range(91)])
+    expected = deperceiver_variant(scale)
+    for config in (trained, expected):
+        config.id2label = config.label2id = {}
+    assert trained.to_dict() == expected.to_dict()
+    assert (options.epochs, options.lr_drop, options.lr, options.lr_backbone) == (50, 33, 1e-4, 1e-5)
+
+
+def test_measured_figures_appear_once_measured(tmp_path):
+    report = write_evaluation(tmp_path / "report.json")
+    write_model_cards(tmp_path, {"stride16": report})
+    text = (tmp_path / "deperceiver-r50-16.md").read_text()
+    assert "Measured on coco (val, 5000 images, 2031-02-03)" in text
+    assert "| AP | AP50 | AP75 | AP medium | AP large |" in text  # nothing small was there to be found
+    assert "| 12.3 | 25.0 | 10.0 | 5.0 | 20.0 |" in text
+    assert "someone" not in text
+    results = {result.metric_name: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert results == {"AP": 12.35, "AP50": 25.0, "AP75": 10.0, "AP medium": 5.0, "AP large": 20.0}
+    assert "Measured" not in (tmp_path / "deperceiver-r50-32.md").read_text()
+
+
+def test_cards_remember_and_replace_what_was_measured(tmp_path):
+    report = write_evaluation(tmp_path / "report.json")
+    card = tmp_path / "deperceiver-r50-multiscale.md"
+    write_model_cards(tmp_path, {"multiscale": report})
+    first = card.read_text()
+    report.unlink()
+    write_model_cards(tmp_path)
+    assert card.read_text() == first
+    write_model_cards(tmp_path, {"multiscale": write_evaluation(report, metrics={"ap": 0.5})})
+    assert card.read_text().count("Measured on") == 1
+    write_model_cards(tmp_path, {"multiscale": write_evaluation(report, dataset="org/other")})
+    assert card.read_text().count("Measured on") == 2
+    assert ModelCard(card.read_text()).data.datasets == ["coco", "org/other"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": {}}, "nothing was measured"),
+        ({"metrics": {"ap": -1}}, "nothing was measured"),
+        ({"metrics": {"ap": 34.1}}, "fraction of 1"),
+        ({"metrics": {"ap": "0.3"}}, "fraction of 1"),
+        ({"metrics": None}, "not a report"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_evaluation(write_evaluation(tmp_path / "report.json", **changes))
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.json"):
+        read_evaluation(tmp_path / "nothing.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a report"):
+        read_evaluation(tmp_path / "list.json")
+    with pytest.raises(ValueError, match="no configuration stride7"):
+        write_model_cards(tmp_path, {"stride7": tmp_path / "list.json"})
+    assert not list(tmp_path.glob("*.md"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"decoder_type": "layered", "decoder_layers": 2}, ["--dec_layers 2", "2 layers of self-attention"]),
+        ({"position_embedding_type": "learned"}, ["--position_embedding learned", "800 x 800 pixels"]),
+        ({"feature_strides": [4, 8]}, ["do not describe this configuration", "strides 4 and 8"]),
+        ({"num_blocks": 1, "num_latents": 7}, ["--enc_blocks 1", "--num_latents 7", "1 pass through"]),
+    ],
+)
+def test_other_configurations_have_cards_too(overrides, expected):
+    text = str(make_model_card(deperceiver_variant("16", **overrides), "other"))
+    for part in expected:
+        assert part in text.replace(" \\\n   ", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--metrics", "stride16"], 2),
+        (["--metrics", "stride16=nothing.json"], 2),
+        (["--metrics", "x=nothing.json"], 2),
+    ],
+)
+def test_script_refuses_without_traceback(monkeypatch, capsys, tmp_path, arguments, code):
+    monkeypatch.setattr(sys, "argv", ["make_model_cards.py", *arguments, "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "make_model_cards.py"), run_name="__main__")
+    assert ended.value.code == code
+    assert "make_model_cards.py: error: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
