@@ -196,8 +196,10 @@ def set_prediction_loss(
     with torch.autocast(device_type=logits.device.type, enabled=False):
         logits, pred_boxes = logits.float(), pred_boxes.float()
         targets = pad_targets(labels, logits.device)
+        # Before anything that can raise on one process only: the others would wait for it here.
+        num_boxes = mean_boxes_per_process(sum(targets.sizes), logits.device)
         pairs = hungarian_match(logits, pred_boxes, targets, config)
-        return _loss_of_pairs(logits, pred_boxes, targets, pairs, config)
+        return _loss_of_pairs(logits, pred_boxes, targets, pairs, num_boxes, config)
 
 
 def _loss_of_pairs(
@@ -205,6 +207,7 @@ def _loss_of_pairs(
     pred_boxes: torch.Tensor,
     targets: DetectionTargets,
     pairs: MatchedPairs,
+    num_boxes: torch.Tensor,
     config: PreTrainedConfig,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     num_layers = logits.shape[0]
@@ -223,7 +226,6 @@ def _loss_of_pairs(
     boxes, target_boxes = pred_boxes[predictions], targets.boxes[objects]  # (P, 4)
     l1 = (boxes - target_boxes).abs().sum(-1)
     giou = generalized_box_iou(center_to_corners(boxes), center_to_corners(target_boxes))
-    num_boxes = mean_boxes_per_process(sum(targets.sizes), logits.device)
     zeros = l1.new_zeros(num_layers)
     loss_bbox = zeros.index_add(0, pairs.layer, l1) / num_boxes
     loss_giou = zeros.index_add(0, pairs.layer, 1 - giou) / num_boxes

@@ -226,15 +226,15 @@ def make_model_card(
     """
     height, width = _countable_size(config)
     costs = _comparable_costs(config, height, width)
-    on_coco = set(COCO_CATEGORIES.values()) <= set(config.id2label.values())
     scale = _scale_of(config)
+    # A converted model was trained on COCO if it has its classes, a documented one is by the recipe of the card.
+    on_coco = set(COCO_CATEGORIES.values()) <= set(config.id2label.values()) or (scale and converted_from is None)
     data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="object-detection",
         tags=["object-detection", "vision", "deperceiver", "perceiver-io", "detr"],
-        datasets=sorted({*(["coco"] if on_coco or scale else []), *(evaluation.dataset for evaluation in evaluations)})
-        or None,
+        datasets=["coco"] if on_coco else None,
         model_name=name if evaluations else None,
         eval_results=[
             EvalResult(
@@ -264,7 +264,7 @@ def make_model_card(
         image_width=width,
         cost_table=_cost_table(costs),
         model_path=model_path,
-        training_command=_training_command(config, model_path),
+        training_command=_training_command(config, f"outputs/{name}"),
         paper_num_latents=PAPER_NUM_LATENTS,
         evaluations=evaluations,
         paper_table=_table(
@@ -444,7 +444,7 @@ def _describe_paper(scale: str | None) -> str:
 
 def _training_command(config: DePerceiverConfig, output_dir: str) -> str | None:
     """The original's recipe, with the options of `scripts/train.py` that make this configuration."""
-    options = ["--dataset path/to/coco", f"--output_dir {output_dir.removesuffix('/best')}"]
+    options = ["--dataset path/to/coco", f"--output_dir {output_dir}"]
     if config.feature_strides == SCALES["multiscale"]:
         options.append("--multiscale")
     elif config.num_feature_levels == 1:

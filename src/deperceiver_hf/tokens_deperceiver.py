@@ -141,6 +141,8 @@ class DePerceiverBackbone(nn.Module):
             Per level the features `(B, channels, H / stride, W / stride)` and the boolean mask of their real cells
             `(B, H / stride, W / stride)`, if there is a `pixel_mask`.
         """
+        # Tensor cores and their like on CPUs want channels last, and so do the tokens that come of the features.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hide_padding = self.mask_padding and pixel_mask is not None
         with HiddenPadding(pixel_mask) if hide_padding else nullcontext():
             # A config that asks for attentions or hidden states means those of the latents.
