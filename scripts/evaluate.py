@@ -15,7 +15,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, help="Directory of a saved model with its image processor, or Hub id."
     )
-    parser.add_argument("--dataset", required=True, help="Directory in COCO's layout, Hub id, or `synthetic`.")
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="Directory in COCO's layout, Hub id or local `datasets` directory, or `synthetic`, also with options: "
+        "`synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3`.",
+    )
     parser.add_argument("--split", default="val", help="Split of the data set (%(default)s).")
     parser.add_argument("--output", required=True, help="JSON file for the results.")
     parser.add_argument("--predictions", help="JSON file for the detections (OUTPUT with `_predictions`).")

@@ -7,8 +7,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from coco_samples import CATEGORIES, annotation, coco_content, write_coco
@@ -16,9 +14,8 @@ from deperceiver_hf import DePerceiverImageProcessor
 from deperceiver_hf.data import (
     DetectionCollator,
     DetectionDataset,
+    TrainingBatchSampler,
     load_detection_data,
-    make_eval_dataloader,
-    make_train_dataloader,
     make_train_transforms,
 )
 
@@ -168,67 +165,16 @@ def test_labels_of_a_batch_lead_back_to_category_ids_boxes_and_images(tmp_path, 
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_prepared_loader_goes_on_in_the_middle_of_an_epoch(data, processor, grouped):
-    def make():
-        loader = make_train_dataloader(
-            make_dataset(data), DetectionCollator(processor, False), 2, group_by_aspect_ratio=grouped
-        )
-        return Accelerator(cpu=True).prepare(loader)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_goes_on_in_the_middle_with_the_samples_that_were_left(data, grouped, num_workers):
+    def batches(epoch, skip=0, num_workers=0):
+        dataset = make_dataset(data)
+        sampler = TrainingBatchSampler(dataset, 2, group_by_aspect_ratio=grouped)
+        sampler.set_epoch(epoch, skip)
+        return list(DataLoader(dataset, batch_sampler=sampler, collate_fn=list, num_workers=num_workers))
 
-    def image_ids(batches):
-        return [[int(label["image_id"]) for label in batch["labels"]] for batch in batches]
-
-    loader = make()
-    epochs = []
-    for epoch in range(3):
-        loader.set_epoch(epoch)
-        epochs.append(list(loader))
-        assert len(epochs[-1]) == len(loader) == 4
-    assert len({str(image_ids(epoch)) for epoch in epochs}) == 3
-
-    resumed = make()
-    resumed.set_epoch(1)
-    rest = list(skip_first_batches(resumed, 2))
-    assert image_ids(rest) == image_ids(epochs[1][2:])
-    for mine, theirs in zip(rest, epochs[1][2:], strict=True):
-        assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
-
-
-def test_epochs_reach_the_sampler_and_the_samples_of_every_process(data, processor):
-    def batches(loader):
-        return [
-            [(int(label["image_id"]), tuple(label["size"].tolist())) for label in batch["labels"]] for batch in loader
-        ]
-
-    def make():
-        return make_train_dataloader(make_dataset(data), DetectionCollator(processor, False), 2, num_processes=2)
-
-    whole = make()
-    shards = [
-        prepare_data_loader(make(), num_processes=2, process_index=rank, put_on_device=False, rng_types=[])
-        for rank in range(2)
-    ]
-    for epoch in (0, 1, 6):
-        whole.dataset.set_epoch(epoch)
-        for rank, shard in enumerate(shards):
-            shard.set_epoch(epoch)
-            assert batches(shard) == batches(whole)[rank::2]
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 3])
-def test_evaluation_loader_shows_every_image_once_without_padding(tmp_path, processor, num_processes):
-    data = load_detection_data(str(write_coco(tmp_path)), "val")
-    dataset = DetectionDataset(data)
-    seen = []
-    for process_index in range(num_processes):
-        loader = make_eval_dataloader(
-            dataset,
-            DetectionCollator(processor, True),
-            3,
-            process_index=process_index,
-            num_processes=num_processes,
-        )
-        for batch in loader:
-            assert (batch["pixel_mask"] == 1).all()
-            seen += [int(label["image_id"]) for label in batch["labels"]]
-    assert sorted(seen) == sorted(data.dataset["image_id"])
+    whole = batches(1)
+    rest = batches(1, skip=2, num_workers=num_workers)
+    assert len(whole) == 3
+    assert len(rest) == 1
+    assert all(equal(mine, theirs) for mine, theirs in zip(rest[0], whole[2], strict=True))

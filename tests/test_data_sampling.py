@@ -6,18 +6,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from transformers.image_utils import SizeDict
 
-from deperceiver_hf import image_processing_deperceiver
-from deperceiver_hf.data import TrainingBatchSampler, resized_size, same_size_batches
+from deperceiver_hf.data import TrainingBatchSampler, same_size_batches
 from deperceiver_hf.data.sampling import ASPECT_RATIO_EDGES
+from deperceiver_hf.image_processing_deperceiver import resized_size
 
 
 class Images:
     """What the sampler needs of a data set: images of random aspect ratio."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, seed: int = 0):
+        self.seed = seed
         self.epoch = 0
         self.aspect_ratios = np.exp(np.random.default_rng(0).normal(size=count) * 0.6)
 
@@ -29,31 +29,45 @@ class Images:
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("count", "num_processes"), [(41, 1), (41, 2), (41, 4), (40, 2), (17, 4)])
-def test_each_process_gets_as_many_full_batches_of_different_images(grouped, drop_last, count, num_processes):
-    sampler = TrainingBatchSampler(
-        Images(count), 4, group_by_aspect_ratio=grouped, drop_last=drop_last, num_processes=num_processes
-    )
-    batches = list(sampler)
-    assert len(batches) == len(sampler)
-    assert {len(batch) for batch in batches} == {4}
-    indices = [index for batch in batches for index in batch]
-    if drop_last:
-        assert len(set(indices)) == len(indices) > count - 4 * num_processes
-    else:
-        assert set(indices) == set(range(count))
-        assert len(indices) - count < 4 * num_processes
-    # accelerate deals them out without adding or leaving out any
-    shards = [list(BatchSamplerShard(sampler, num_processes, rank)) for rank in range(num_processes)]
-    assert shards == [batches[rank::num_processes] for rank in range(num_processes)]
+def test_each_process_gets_as_many_full_batches_of_different_images(grouped, count, num_processes):
+    def share(rank, size):
+        return TrainingBatchSampler(
+            Images(count), 4, group_by_aspect_ratio=grouped, process_index=rank, num_processes=size
+        )
+
+    samplers = [share(rank, num_processes) for rank in range(num_processes)]
+    shares = [list(sampler) for sampler in samplers]
+    assert [len(batches) for batches in shares] == [len(sampler) for sampler in samplers]
+    assert len({len(batches) for batches in shares}) == 1
+    assert {len(batch) for batches in shares for batch in batches} == {4}
+    indices = [index for batches in shares for batch in batches for index in batch]
+    assert len(set(indices)) == len(indices) > count - 4 * num_processes
 
 
-def test_fewer_images_than_a_batch_are_repeated():
-    sampler = TrainingBatchSampler(Images(3), 8, num_processes=2)
-    batches = list(sampler)
-    assert [len(batch) for batch in batches] == [8, 8]
-    assert {index for batch in batches for index in batch} == {0, 1, 2}
+@pytest.mark.parametrize("grouped", [False, True])
+def test_processes_together_see_the_batches_of_one(grouped):
+    def batches(**process):
+        return list(TrainingBatchSampler(Images(40), 4, group_by_aspect_ratio=grouped, **process))
+
+    assert [batches(process_index=rank, num_processes=2) for rank in range(2)] == [batches()[0::2], batches()[1::2]]
+
+
+def test_batches_before_an_interruption_are_left_out():
+    sampler = TrainingBatchSampler(Images(41), 4)
+    sampler.set_epoch(2, skip=3)
+    rest = list(sampler)
+    sampler.set_epoch(2)
+    assert rest == list(sampler)[3:]
+
+
+def test_images_left_out_of_one_epoch_come_in_another():
+    sampler = TrainingBatchSampler(Images(7), 4)
+    seen = set()
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        seen |= {index for batch in sampler for index in batch}
+    assert seen == set(range(7))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -61,7 +75,7 @@ def test_order_is_a_function_of_seed_and_epoch(grouped):
     unrelated = itertools.count()
 
     def batches(seed, epoch):
-        sampler = TrainingBatchSampler(Images(41), 4, seed=seed, group_by_aspect_ratio=grouped)
+        sampler = TrainingBatchSampler(Images(41, seed), 4, group_by_aspect_ratio=grouped)
         sampler.set_epoch(epoch)
         torch.manual_seed(next(unrelated))
         return list(sampler)
@@ -79,17 +93,11 @@ def test_grouped_batches_hold_similar_aspect_ratios():
     assert len({tuple(sorted(set(groups[batch]))) for batch in batches[:20]}) > 2  # groups are mixed in time
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 2, "num_processes": 0}])
-def test_wrong_numbers_are_refused(arguments):
+def test_no_or_no_full_batch_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
-        TrainingBatchSampler(Images(4), **arguments)
-
-
-def test_nothing_to_sample_is_refused():
-    with pytest.raises(ValueError, match="no images"):
-        TrainingBatchSampler(Images(0), 2)
-    with pytest.raises(ValueError, match="drop_last=False"):
-        TrainingBatchSampler(Images(3), 4, drop_last=True)
+        TrainingBatchSampler(Images(4), 0)
+    with pytest.raises(ValueError, match="7 images do not fill a batch of 4 for each of 2 processes"):
+        TrainingBatchSampler(Images(7), 4, num_processes=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -101,26 +109,4 @@ def test_evaluation_batches_are_of_one_size_and_hold_every_image_once(batch_size
     assert sorted(index for batch in batches for index in batch) == list(range(50))
     for batch in batches:
         assert 1 <= len(batch) <= batch_size
-        assert len({resized_size(*sizes[index], size) for index in batch}) == 1
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
-        {"shortest_edge": 800, "longest_edge": 1333},
-        {"shortest_edge": 64},
-        {"max_height": 90, "max_width": 70},
-        {"height": 30, "width": 20},
-    ],
-)
-def test_sizes_are_those_of_the_image_processor(size):
-    generator = np.random.default_rng(0)
-    pairs = [*generator.integers(1, 3000, size=(300, 2)).tolist(), (1, 1), (1, 3000), (3000, 2), (480, 640), (2, 1435)]
-    for height, width in pairs:
-        expected = image_processing_deperceiver.resized_size((height, width), SizeDict(**size))
-        assert resized_size(height, width, size) == tuple(expected)
-
-
-def test_unknown_kinds_of_size_are_refused():
-    with pytest.raises(ValueError, match="shortest_edge"):
-        resized_size(10, 10, {"longest_edge": 5})
+        assert len({resized_size(sizes[index], SizeDict(**size)) for index in batch}) == 1

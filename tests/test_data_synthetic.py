@@ -98,6 +98,31 @@ def test_areas_are_those_of_the_boxes():
         np.testing.assert_allclose(row["area"], [width * height for _, _, width, height in row["bbox"]])
 
 
+def test_options_in_the_name_are_those_of_the_call():
+    name = "synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=5,seed=3"
+    named = load_detection_data(name, "val").dataset
+    given = load("val", min_objects=2, max_objects=6, num_samples=5, seed=3).dataset
+    assert len(named) == 5
+    assert named[:]["objects"] == given[:]["objects"]
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(named["image"], given["image"], strict=True))
+    assert {len(row["id"]) for row in named["objects"]} <= set(range(2, 7))
+    assert named[0]["objects"] != load("val", min_objects=2, max_objects=6, num_samples=5).dataset[0]["objects"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "seed", "seed=", "seed=1.5", "seed=x", "seed=1,", "colour=3", "seed=1,seed=2", "seed=1;image_size=64"],
+)
+def test_malformed_options_in_the_name_are_refused_with_the_known_ones(options):
+    with pytest.raises(ValueError, match=r"image_size=INTEGER.* min_objects.* max_objects.* num_samples.* seed"):
+        load_detection_data(f"synthetic:{options}", "val")
+
+
+def test_an_option_in_the_name_is_not_overridden():
+    with pytest.raises(TypeError, match="seed"):
+        load_detection_data("synthetic:seed=3", "val", seed=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -106,6 +131,7 @@ def test_areas_are_those_of_the_boxes():
         ({"object_sizes": ((1, 7, 200),)}, "object_sizes"),
         ({"object_sizes": ((0, 7, 20),)}, "shares"),
         ({"num_samples": 0}, "num_samples"),
+        ({"seed": -1}, "seed"),
         ({"min_objects": 200, "max_objects": 200}, "fewer or smaller"),
     ],
 )

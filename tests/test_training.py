@@ -215,6 +215,24 @@ def test_output_directory_is_not_mixed_with_another_run(tmp_path):
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+def test_time_ends_a_run_like_its_last_step(tmp_path, scripted_ap):
+    scripted_ap(0.1)
+    run = DetectionTrainer(tiny_options(tmp_path, max_minutes=1e-6, eval_every=1))
+    result = run.train()
+    assert (result.step, result.interrupted) == (1, False)
+    assert [line["epoch"] for line in read_log(tmp_path, "eval")] == [1 / 6]
+    AutoModelForObjectDetection.from_pretrained(tmp_path / "last")
+    assert DetectionTrainer(tiny_options(tmp_path / "long", max_minutes=60)).train().step == 12
+
+
+def test_states_are_saved_as_rarely_as_asked(tmp_path, monkeypatch):
+    saved = []
+    original = DetectionTrainer._save_state
+    monkeypatch.setattr(DetectionTrainer, "_save_state", lambda run: (saved.append(run.progress.epoch), original(run)))
+    DetectionTrainer(tiny_options(tmp_path, epochs=5, save_every=2, max_train_samples=4)).train()
+    assert saved == [2, 4, 5]
+
+
 def test_best_models_are_kept_ready_to_use(tmp_path, scripted_ap):
     scripted_ap(0.1, 0.5, 0.2, 0.3, 0.5)
     run = DetectionTrainer(tiny_options(tmp_path, epochs=5, eval_every=1, save_top_k=2, max_train_samples=4))

@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection data: loading from COCO directories, `datasets` and synthetic scenes, augmentation, and batches."""
 
+import os
 from pathlib import Path
 
-from .coco import find_coco_split, is_coco_directory, load_coco_directory
+from .coco import is_coco_directory, load_coco_directory
 from .hub import load_hub_data
-from .images import decode_rgb
-from .loading import DetectionCollator, DetectionDataset, make_eval_dataloader, make_train_dataloader
+from .loading import DetectionCollator, DetectionDataset
 from .records import DETECTION_FEATURES, DetectionData, LoadingReport, require_same_labels
 from .sampling import TrainingBatchSampler, same_size_batches
-from .sizes import resized_size
-from .synthetic import SyntheticScenes, load_synthetic
-from .transforms import AUGMENTATIONS, make_train_transforms
+from .synthetic import SyntheticScenes, is_synthetic, load_synthetic
+from .transforms import make_train_transforms
 
 __all__ = [
-    "AUGMENTATIONS",
     "DETECTION_FEATURES",
     "DetectionCollator",
     "DetectionData",
@@ -22,24 +20,16 @@ __all__ = [
     "LoadingReport",
     "SyntheticScenes",
     "TrainingBatchSampler",
-    "decode_rgb",
-    "find_coco_split",
-    "is_coco_directory",
-    "load_coco_directory",
+    "is_synthetic",
     "load_detection_data",
-    "load_hub_data",
-    "load_synthetic",
-    "make_eval_dataloader",
-    "make_train_dataloader",
     "make_train_transforms",
     "require_same_labels",
-    "resized_size",
     "same_size_batches",
 ]
 
 
 def load_detection_data(
-    dataset: str,
+    dataset: str | os.PathLike,
     split: str,
     *,
     strict: bool = False,
@@ -50,27 +40,28 @@ def load_detection_data(
     """Load a split of a data set as detection records (`DETECTION_FEATURES`), wherever it comes from.
 
     Args:
-        dataset: `synthetic`; a directory in COCO's layout (see `coco`); a directory that `datasets` reads or wrote, or
-            the id of a data set on the Hub (see `hub`).
+        dataset: a directory in COCO's layout (see `coco`); a directory that `datasets` reads or wrote, or the id of a
+            data set on the Hub (see `hub`); or `synthetic`, where integer options may follow, e.g.
+            `synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3` (see `synthetic`).
         split: `train`, `val` (also `validation`) or `test`.
         strict: refuse a data set in which anything is broken, instead of repairing, counting and reporting it.
         max_samples: load the first images only.
         cache_dir: where downloads from the Hub are kept.
-        options: of a synthetic data set `num_samples` and the fields of `SyntheticScenes`; of one of `datasets`,
-            `bbox_format`.
+        options: of a synthetic data set `num_samples` (of the split) and the fields of `SyntheticScenes`; of one of
+            `datasets`, `bbox_format`.
 
     Raises:
         FileNotFoundError: data set, split, annotations or images are not there.
-        ValueError: the data are not as they should be.
+        ValueError: the data are not as they should be, or the options in a synthetic data set's name are not.
         TypeError: an option that this kind of data set does not have.
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+    dataset = os.fspath(dataset)
     path = Path(dataset).expanduser()
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if dataset == "synthetic":
-        data = load_synthetic(split, max_samples=max_samples, **options)
-    elif not saved and path.is_dir() and is_coco_directory(path):
+    if is_synthetic(dataset):
+        data = load_synthetic(dataset, split, max_samples=max_samples, **options)
+    elif is_coco_directory(path):
         if options:
             raise TypeError(f"A COCO directory has no options {', '.join(options)}; {dataset} is one.")
         data = load_coco_directory(path, split, strict=strict, max_samples=max_samples)

@@ -39,7 +39,7 @@ def is_coco_directory(root: Path) -> bool:
 
 
 def load_coco_directory(
-    root: str | os.PathLike, split: str, *, strict: bool = False, max_samples: int | None = None
+    root: Path, split: str, *, strict: bool = False, max_samples: int | None = None
 ) -> DetectionData:
     """Load a split of a directory in COCO's layout.
 
@@ -56,7 +56,6 @@ def load_coco_directory(
         FileNotFoundError: directory, annotation file, image directory or all of the images are missing.
         ValueError: the annotation file is not COCO JSON, or anything is broken and `strict` is set.
     """
-    root = Path(root)
     annotation_file, image_dir = find_coco_split(root, split)
     content = _read_annotation_file(annotation_file)
     report = LoadingReport(f"{root.name}/{split} ({annotation_file})")
@@ -68,20 +67,15 @@ def load_coco_directory(
     for entry, header in zip(entries, headers, strict=True):
         if header is None:
             report.add("unreadable_image", entry["path"])
-    readable = [(entry, header) for entry, header in zip(entries, headers, strict=True) if header is not None]
-    entries = [entry for entry, _ in readable]
-    sizes, rotations = seen_sizes(
-        [header for _, header in readable],
-        [entry["size"] for entry in entries],
-        [entry["path"] for entry in entries],
-        report,
-    )
+    entries = [entry for entry, header in zip(entries, headers, strict=True) if header]
+    paths = [entry["path"] for entry in entries]
+    stated_sizes = [entry["size"] for entry in entries]
+    sizes, rotations = seen_sizes([header for header in headers if header], stated_sizes, paths, report)
 
     image_ids = np.array([entry["id"] for entry in entries], dtype=np.int64)
     annotations = _read_annotations(content["annotations"], image_ids, listed, category_ids, report)
     columns = record_columns(image_ids, sizes, annotations, report, rotations)
-    images = image_path_column([entry["path"] for entry in entries])
-    dataset = Dataset.from_dict({"image": images, **columns}, features=DETECTION_FEATURES)
+    dataset = Dataset.from_dict({"image": image_path_column(paths), **columns}, features=DETECTION_FEATURES)
     report.conclude(strict)
     return DetectionData(dataset, label_names, category_ids, f"{root.name}-{split}", report)
 

@@ -69,10 +69,10 @@ def load_hub_data(
     raw = splits[split_name]
     if max_samples is not None:
         raw = raw.select(range(min(max_samples, len(raw))))
-    image_key, objects_key, box_key, category_key = _find_columns(raw, source)
+    image_key, box_key, category_key = _find_columns(raw, source)
 
     report = LoadingReport(f"{source}/{split_name}")
-    categories, label_names = _read_categories(splits, objects_key, category_key)
+    categories, label_names = _read_categories(splits, category_key)
     images = raw.select_columns(image_key).rename_columns({} if image_key == "image" else {image_key: "image"})
     images = images.cast_column("image", Image(decode=False))
     headers = list(_iterate_headers(images))
@@ -87,10 +87,7 @@ def load_hub_data(
     readable = [header or ImageHeader(1, 1, 1) for header in headers]
     known = [size if header else None for size, header in zip(stated, headers, strict=True)]
     sizes, rotations = seen_sizes(readable, known, [f"image_id {image_id}" for image_id in image_ids], report)
-    annotations = AnnotationList()
-    for row, entry in enumerate(_iterate_rows(plain, objects_key)):
-        if headers[row] is not None:
-            _append_objects(annotations, row, entry, box_key, category_key, categories, bbox_format, report)
+    annotations = _read_annotations(plain, headers, box_key, category_key, categories, bbox_format, report)
     columns = record_columns(image_ids, sizes, annotations, report, rotations)
     features = DETECTION_FEATURES.copy()
     features.pop("image")
@@ -127,7 +124,8 @@ def _load_splits(source: str, cache_dir: str | None) -> dict[str, Dataset]:
         ) from error
 
 
-def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str, str]:
+def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str]:
+    """The image column, and the fields of an object that hold its box and its category."""
     described = ", ".join(f"{name}: {feature}" for name, feature in dataset.features.items())
     wanted = "An image column and `objects` with `bbox` and a category are needed. Rename or map the columns first."
     image_key = next((name for name, feature in dataset.features.items() if isinstance(feature, Image)), None)
@@ -143,7 +141,7 @@ def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str, str]:
         raise ValueError(
             f"`objects` of {source} has no {missing}; it has {', '.join(fields) or 'no fields'}. {wanted}"
         )
-    return image_key, "objects", box_key, category_key
+    return image_key, box_key, category_key
 
 
 def _object_fields(dataset: Dataset) -> dict:
@@ -162,7 +160,7 @@ def _innermost(feature):
     return feature
 
 
-def _read_categories(splits: dict[str, Dataset], objects_key: str, category_key: str) -> tuple[dict, list[str]]:
+def _read_categories(splits: dict[str, Dataset], category_key: str) -> tuple[dict, list[str]]:
     """Stored value -> label for all splits together (a class may be absent from one), and the label names."""
     first = next(iter(splits.values()))
     feature = _object_fields(first).get(category_key)
@@ -170,10 +168,9 @@ def _read_categories(splits: dict[str, Dataset], objects_key: str, category_key:
         return {index: index for index in range(feature.num_classes)}, list(feature.names)
     values = set()
     for dataset in splits.values():
-        if objects_key not in dataset.column_names:
-            continue
-        for entry in _iterate_rows(dataset.select_columns(objects_key), objects_key):
-            values.update(_category(one) for one in _as_object_list(entry, category_key))
+        if "objects" in dataset.column_names:
+            for entry in _iterate_column(dataset, "objects"):
+                values.update(_category(one) for one in _as_object_list(entry, category_key))
     values.discard(None)
     if any(isinstance(value, str) for value in values):
         ordered = sorted(map(str, values))
@@ -187,8 +184,8 @@ def _category(entry: dict) -> int | str | None:
     return value if isinstance(value, str) else as_integer(value)
 
 
-def _iterate_rows(dataset: Dataset, column: str) -> Iterator:
-    for batch in dataset.with_format(None).iter(batch_size=1000):
+def _iterate_column(dataset: Dataset, column: str) -> Iterator:
+    for batch in dataset.select_columns(column).with_format(None).iter(batch_size=1000):
         yield from batch[column]
 
 
@@ -204,28 +201,31 @@ def _as_object_list(entry, category_key: str) -> list[dict]:
     return [{**one, "category": one.get(category_key)} for one in entry if isinstance(one, dict)]
 
 
-def _append_objects(
-    annotations: AnnotationList,
-    row: int,
-    entry,
+def _read_annotations(
+    plain: Dataset,
+    headers: list[ImageHeader | None],
     box_key: str,
     category_key: str,
     categories: dict,
     bbox_format: str,
     report: LoadingReport,
-) -> None:
-    for one in _as_object_list(entry, category_key):
-        label = categories.get(_category(one))
-        box = one.get(box_key)
-        if box is None:
-            report.add("invalid_annotation", f"row {row}: {one!r}"[:200])
-            continue
-        if label is None:
-            report.add("unknown_category", f"row {row}, category {one['category']!r}")
-            continue
-        if bbox_format == "xyxy" and len(box) == 4 and None not in box:
-            box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-        annotations.append(row, label, box, one.get("area"), one.get("iscrowd"), one.get("id"))
+) -> AnnotationList:
+    """The objects of all images that have a header."""
+    result = AnnotationList()
+    for row, (header, entry) in enumerate(zip(headers, _iterate_column(plain, "objects"), strict=True)):
+        for one in _as_object_list(entry, category_key) if header else ():
+            label = categories.get(_category(one))
+            box = one.get(box_key)
+            if box is None:
+                report.add("invalid_annotation", f"row {row}: {one!r}"[:200])
+                continue
+            if label is None:
+                report.add("unknown_category", f"row {row}, category {one['category']!r}")
+                continue
+            if bbox_format == "xyxy" and len(box) == 4 and None not in box:
+                box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            result.append(row, label, box, one.get("area"), one.get("iscrowd"), one.get("id"))
+    return result
 
 
 def _iterate_headers(images: Dataset) -> Iterator[ImageHeader | None]:
@@ -244,7 +244,7 @@ def _read_image_ids(plain: Dataset, report: LoadingReport) -> np.ndarray:
     rows = np.arange(len(plain), dtype=np.int64)
     if "image_id" not in plain.column_names:
         return rows
-    stored = list(_iterate_rows(plain.select_columns("image_id"), "image_id"))
+    stored = list(_iterate_column(plain, "image_id"))
     numbers = [as_integer(value) for value in stored]
     if None in numbers or len(set(numbers)) < len(numbers):
         times = Counter(numbers)
@@ -257,5 +257,5 @@ def _read_image_ids(plain: Dataset, report: LoadingReport) -> np.ndarray:
 def _read_sizes(plain: Dataset) -> list[tuple[int, int] | None]:
     if not {"width", "height"} <= set(plain.column_names):
         return [None] * len(plain)
-    columns = [_iterate_rows(plain.select_columns(name), name) for name in ("width", "height")]
+    columns = _iterate_column(plain, "width"), _iterate_column(plain, "height")
     return [(int(w), int(h)) if w and h else None for w, h in zip(*columns, strict=True)]

@@ -93,13 +93,12 @@ def decode_rgb(image: dict | PIL.Image.Image, image_id: int) -> PIL.Image.Image:
     Raises:
         OSError: the file is missing, truncated or no image.
     """
-    path = image.get("path") if isinstance(image, dict) else None
-    if isinstance(image, dict):
-        source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else path
+    path = None
     try:
         if isinstance(image, PIL.Image.Image):
             return _to_rgb(image)
-        with PIL.Image.open(source) as opened:
+        content, path = image.get("bytes"), image.get("path")
+        with PIL.Image.open(path if content is None else io.BytesIO(content)) as opened:
             return _to_rgb(opened)
     except _READ_ERRORS as error:
         raise OSError(

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records to batches: the torch data set, the collation by the image processor, and the data loaders."""
+"""From records to batches: the torch data set, and the collation by the image processor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from .images import decode_rgb
 from .records import DetectionData
-from .sampling import TrainingBatchSampler, same_size_batches
 
 
 class DetectionDataset(Dataset):
@@ -125,60 +124,3 @@ class DetectionCollator:
             return_tensors="pt",
         )
         return {**batch, "labels": [dict(label) for label in batch["labels"]]}
-
-
-def make_train_dataloader(
-    dataset: DetectionDataset,
-    collator: DetectionCollator,
-    batch_size: int,
-    *,
-    group_by_aspect_ratio: bool = False,
-    drop_last: bool = False,
-    num_processes: int = 1,
-    num_workers: int = 0,
-) -> DataLoader:
-    """The loader of shuffled training batches of all processes, to be given to `Accelerator.prepare`.
-
-    After that, call the loader's `set_epoch(epoch)` before each epoch. See `TrainingBatchSampler` for the options; its
-    seed is the data set's.
-    """
-    sampler = TrainingBatchSampler(
-        dataset,
-        batch_size,
-        seed=dataset.seed,
-        group_by_aspect_ratio=group_by_aspect_ratio,
-        num_processes=num_processes,
-        drop_last=drop_last,
-    )
-    return _make_dataloader(dataset, collator, sampler, num_workers)
-
-
-def make_eval_dataloader(
-    dataset: DetectionDataset,
-    collator: DetectionCollator,
-    batch_size: int,
-    *,
-    size: Mapping[str, int | None] | None = None,
-    process_index: int = 0,
-    num_processes: int = 1,
-    num_workers: int = 0,
-) -> DataLoader:
-    """The loader of this process' share of the evaluation batches, NOT to be given to `Accelerator.prepare`.
-
-    Every image occurs once over all processes, in batches that need no padding (`same_size_batches`). `size` is by
-    default that of the collator's image processor.
-    """
-    size = dict(collator.image_processor.size) if size is None else size
-    batches = same_size_batches(dataset.image_sizes, batch_size, size)
-    return _make_dataloader(dataset, collator, batches[process_index::num_processes], num_workers)
-
-
-def _make_dataloader(dataset, collator, batch_sampler, num_workers: int) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=collator,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )

@@ -215,13 +215,13 @@ def record_columns(
     clipped_low, clipped_high = low.clip(0, limits), high.clip(0, limits)
     inside = (clipped_high > clipped_low).all(axis=1)
     keep = positive & inside
-    overlap = np.maximum(clipped_low - low, high - clipped_high).max(axis=1, initial=0)
+    excess = np.maximum(clipped_low - low, high - clipped_high).max(axis=1, initial=0)
     note("invalid_box", ~finite)
     note("empty_box", finite & ~positive)
     note("box_outside_image", positive & ~inside)
-    note("clamped_box", keep & (overlap > BORDER_TOLERANCE))
+    note("clamped_box", keep & (excess > BORDER_TOLERANCE))
     # Boxes within the image stay as they are to the last bit: x + w - x is not always w.
-    moved = keep & (overlap > 0)
+    moved = keep & (excess > 0)
     boxes[moved] = np.concatenate([clipped_low, clipped_high - clipped_low], axis=1)[moved]
 
     area = np.asarray([_as_float(value) for value in annotations.area], dtype=np.float64)

@@ -7,81 +7,72 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+from transformers.image_utils import SizeDict
 
-from .sizes import resized_size
+from ..image_processing_deperceiver import resized_size
+from .loading import DetectionDataset
 
 ASPECT_RATIO_EDGES = (0.5, 1 / 1.4, 1.0, 1.4, 2.0)
 
 
 class TrainingBatchSampler(Sampler[list[int]]):
-    """Shuffled batches of one size, optionally of images of similar aspect ratio, for ALL processes together.
+    """One process' share of shuffled, full batches, optionally of images of similar aspect ratio.
 
-    Hand the `DataLoader` made with it to `Accelerator.prepare`, which deals the batches out: process `r` of `W` gets
-    batches `r, r + W, ...`. The number of batches is a multiple of `num_processes` and every batch is full, hence each
-    process gets the same number and accelerate has nothing to even out.
-
-    The order is a function of (seed, epoch) alone. The epoch is the data set's, so that there is only one: set it by
-    `set_epoch` of the data set, of this sampler or of the prepared loader. Together with
-    `accelerate.skip_first_batches` an epoch goes on in the middle with the very samples that were left.
+    The batches of all processes together are a function of the data set's (seed, epoch) alone; process `r` of `W` gets
+    batches `r, r + W, ...`, each process as many. Images that do not fill a batch for every process wait for another
+    epoch.
 
     Args:
-        dataset: has a length, `epoch`, `set_epoch`; grouping by aspect ratio also needs `aspect_ratios`.
-        batch_size: images per batch and process.
-        seed: of the shuffling.
+        dataset: has a length, `seed`, `epoch`, `set_epoch`; grouping by aspect ratio also needs `aspect_ratios`.
+        batch_size: images per batch.
         group_by_aspect_ratio: put images of similar width / height together, which saves padding. What is left over in
             the groups is batched in order of aspect ratio.
-        num_processes: of the training.
-        drop_last: leave out what does not fill a batch for each process, else fill up with images from the beginning.
+        process_index, num_processes: which process of the training this is, and of how many.
     """
 
     def __init__(
         self,
-        dataset,
+        dataset: DetectionDataset,
         batch_size: int,
         *,
-        seed: int = 0,
         group_by_aspect_ratio: bool = False,
+        process_index: int = 0,
         num_processes: int = 1,
-        drop_last: bool = False,
     ):
-        if batch_size < 1 or num_processes < 1:
-            raise ValueError(f"batch_size and num_processes must be at least 1, got {batch_size} and {num_processes}")
-        if len(dataset) == 0:
-            raise ValueError("The data set has no images to sample from.")
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_processes = num_processes
-        self.drop_last = drop_last
-        self.ratios = np.asarray(dataset.aspect_ratios, dtype=np.float64) if group_by_aspect_ratio else None
-        if len(self) == 0:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if len(dataset) < batch_size * num_processes:
             raise ValueError(
                 f"{len(dataset)} images do not fill a batch of {batch_size} for each of {num_processes} processes. "
-                "Take a smaller batch size or drop_last=False."
+                "Take a smaller batch size or more images."
             )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.ratios = np.asarray(dataset.aspect_ratios, dtype=np.float64) if group_by_aspect_ratio else None
+        self.skip = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch, of the data set too, and how many of its first batches to leave out as already seen."""
         self.dataset.set_epoch(epoch)
+        self.skip = skip
 
     def __len__(self) -> int:
-        """Number of batches of all processes together."""
-        per_round = self.batch_size * self.num_processes
-        rounds = len(self.dataset) // per_round if self.drop_last else -(-len(self.dataset) // per_round)
-        return rounds * self.num_processes
+        """Batches of this process in a whole epoch."""
+        return len(self.dataset) // (self.batch_size * self.num_processes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        state = np.random.SeedSequence((self.seed, self.dataset.epoch)).generate_state(1, np.uint64)
+        state = np.random.SeedSequence((self.dataset.seed, self.dataset.epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0] >> 1))
-        order = torch.randperm(len(self.dataset), generator=generator)
-        missing = len(self) * self.batch_size - len(order)
-        order = order.repeat(-(-missing // len(order)) + 1) if missing > 0 else order
-        order = order[: len(self) * self.batch_size].tolist()
+        count = len(self) * self.num_processes * self.batch_size
+        order = torch.randperm(len(self.dataset), generator=generator)[:count].tolist()
         if self.ratios is None:
-            batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+            batches = _split(order, self.batch_size)
         else:
             batches = self._grouped(order)
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-        yield from batches
+        yield from batches[self.process_index :: self.num_processes][self.skip :]
 
     def _grouped(self, order: list[int]) -> list[list[int]]:
         batches, open_batches = [], defaultdict(list)
@@ -93,7 +84,7 @@ class TrainingBatchSampler(Sampler[list[int]]):
                 batches.append(open_batch.copy())
                 open_batch.clear()
         left = sorted((index for batch in open_batches.values() for index in batch), key=lambda i: self.ratios[i])
-        return batches + [left[start : start + self.batch_size] for start in range(0, len(left), self.batch_size)]
+        return batches + _split(left, self.batch_size)
 
 
 def same_size_batches(
@@ -112,8 +103,13 @@ def same_size_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    target = SizeDict(**size)
     groups = defaultdict(list)
-    for index, (height, width) in enumerate(image_sizes):
-        groups[resized_size(height, width, size)].append(index)
+    for index, image_size in enumerate(image_sizes):
+        groups[resized_size(image_size, target)].append(index)
     ordered = sorted(groups.items(), key=lambda item: (-item[0][0] * item[0][1], item[0]))
-    return [group[start : start + batch_size] for _, group in ordered for start in range(0, len(group), batch_size)]
+    return [batch for _, group in ordered for batch in _split(group, batch_size)]
+
+
+def _split(indices: list[int], batch_size: int) -> list[list[int]]:
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]

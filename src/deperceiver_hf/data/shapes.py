@@ -23,13 +23,9 @@ def _semicircle() -> np.ndarray:
 
 
 def _cross() -> np.ndarray:
-    arm = 0.33
-    quarter = [(arm, 1.0), (arm, arm), (1.0, arm)]
-    turns = [(1, 1), (1, -1), (-1, -1), (-1, 1)]
-    points = [
-        (sx * x, sy * y) for turn, (sx, sy) in enumerate(turns) for x, y in quarter[:: 1 if turn % 2 == 0 else -1]
-    ]
-    return np.array(points)
+    a = 0.33  # half the width of an arm
+    right = [(a, 1), (a, a), (1, a), (1, -a), (a, -a), (a, -1)]
+    return np.array([*right, *((-x, -y) for x, y in right)])
 
 
 _OUTLINES = {

@@ -19,12 +19,14 @@ from .records import (
     AnnotationList,
     DetectionData,
     LoadingReport,
+    as_integer,
     image_path_column,
     record_columns,
     split_aliases,
 )
 from .shapes import SHAPES, Shape, any_overlap, paint_shape, random_shape
 
+NAMED_OPTIONS = ("image_size", "min_objects", "max_objects", "num_samples", "seed")
 DEFAULT_NUM_SAMPLES = {"train": 9000, "val": 300, "test": 300}
 # (share, least side, greatest side in pixels) of the objects
 LARGE_SCENE_SIZES = ((0.55, 7, 20), (0.30, 20, 48), (0.15, 48, 110))  # for 256 pixels
@@ -41,7 +43,7 @@ class SyntheticScenes:
             pixels 2 and 10.
         object_sizes: share, least and greatest side (the longer side of the box, in pixels) of classes of objects; by
             default the distributions above, limited to half of the image.
-        seed: of all random choices.
+        seed: of all random choices, at least 0.
     """
 
     image_size: int = 256
@@ -62,6 +64,8 @@ class SyntheticScenes:
             object.__setattr__(self, "object_sizes", tuple((p, min(a, limit), min(b, limit)) for p, a, b in sizes))
         if self.image_size < 32:
             raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if not 0 <= self.min_objects <= self.max_objects:
             raise ValueError(
                 f"0 <= min_objects <= max_objects is needed, got {self.min_objects} and {self.max_objects}"
@@ -153,35 +157,59 @@ class ScenePainter:
         return batch
 
 
-def load_synthetic(
-    split: str, *, num_samples: int | None = None, max_samples: int | None = None, **options
-) -> DetectionData:
+def is_synthetic(dataset: str) -> bool:
+    """Whether a data set's name is `synthetic`, with or without options."""
+    return dataset.partition(":")[0] == "synthetic"
+
+
+def load_synthetic(dataset: str, split: str, *, max_samples: int | None = None, **options) -> DetectionData:
     """A synthetic data set.
 
     `area` is the area of the box, so that COCO's size classes follow the sides of the boxes.
 
     Args:
+        dataset: `synthetic`, or with any of `NAMED_OPTIONS` as integers: `synthetic:image_size=128,seed=3`.
         split: `train`, `val` or `test`; their scenes are drawn from independent random streams.
-        num_samples: number of scenes; by default 9000 for training, 300 else.
-        max_samples: use the first of them only.
-        options: fields of `SyntheticScenes`.
+        max_samples: use the first scenes only.
+        options: `num_samples`, the number of scenes, by default 9000 for training and 300 else; and the fields of
+            `SyntheticScenes`.
+
+    Raises:
+        FileNotFoundError: there is no such split.
+        ValueError: an option in the name is unknown or no integer, or the scenes are impossible.
+        TypeError: another option is unknown, or is in the name too.
     """
     canonical = next((name for name in DEFAULT_NUM_SAMPLES if name in split_aliases(split)), None)
     if canonical is None:
         raise FileNotFoundError(
             f"The synthetic data set has the splits {', '.join(DEFAULT_NUM_SAMPLES)}, not {split!r}."
         )
-    count = DEFAULT_NUM_SAMPLES[canonical] if num_samples is None else num_samples
+    options = dict(**_named_options(dataset), **options)
+    count = options.pop("num_samples", DEFAULT_NUM_SAMPLES[canonical])
     if count < 1:
         raise ValueError(f"num_samples must be at least 1, got {count}")
     count = count if max_samples is None else min(count, max_samples)
-    scenes = SyntheticScenes(**options)
-    stream = list(DEFAULT_NUM_SAMPLES).index(canonical)
-    return _build(scenes, stream, count, canonical)
+    return _build(SyntheticScenes(**options), count, canonical)
 
 
-@functools.lru_cache(maxsize=8)
-def _build(scenes: SyntheticScenes, stream: int, count: int, split: str) -> DetectionData:
+def _named_options(dataset: str) -> dict[str, int]:
+    _, colon, listed = dataset.partition(":")
+    options: dict[str, int] = {}
+    for option in listed.split(",") if colon else ():
+        name, _, text = option.partition("=")
+        value = as_integer(text)
+        if name not in NAMED_OPTIONS or name in options or value is None:
+            raise ValueError(
+                f"{dataset!r}: {option!r} is none of the options of synthetic scenes, or is given twice. They are "
+                f"{', '.join(f'{known}=INTEGER' for known in NAMED_OPTIONS)}, separated by commas only."
+            )
+        options[name] = value
+    return options
+
+
+@functools.lru_cache(maxsize=8)  # laying out the default training scenes takes some ten seconds
+def _build(scenes: SyntheticScenes, count: int, split: str) -> DetectionData:
+    stream = list(DEFAULT_NUM_SAMPLES).index(split)
     report = LoadingReport(f"synthetic/{split}")
     annotations = AnnotationList()
     for index in range(count):

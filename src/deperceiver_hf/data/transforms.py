@@ -12,8 +12,9 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+from transformers.image_utils import SizeDict
 
-from .sizes import resized_size
+from ..image_processing_deperceiver import resized_size
 
 AUGMENTATIONS = ("original", "flip", "none")
 
@@ -81,7 +82,8 @@ class RandomShortestEdge(v2.RandomShortestSize):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
         shortest = self.min_size[int(torch.randint(len(self.min_size), ()))]
-        return {"size": resized_size(height, width, {"shortest_edge": shortest, "longest_edge": self.max_size})}
+        bounds = SizeDict(shortest_edge=shortest, longest_edge=self.max_size)
+        return {"size": resized_size((height, width), bounds)}
 
 
 class RandomSizeCrop(v2.Transform):

@@ -68,7 +68,11 @@ class ModelOptions:
 class DataOptions:
     _argument_group_name = "data"
 
-    dataset: str = _option("COCO directory, Hub id or local `datasets` directory, or 'synthetic'.", "synthetic")
+    dataset: str = _option(
+        "COCO directory, Hub id or local `datasets` directory, or 'synthetic', also with options: "
+        "'synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3'.",
+        "synthetic",
+    )
     train_split: str = _option("Split to train on.", "train")
     eval_split: str = _option("Split to evaluate on.", "val")
     shortest_edge: int | None = _option(
@@ -95,6 +99,7 @@ class OptimizationOptions:
     clip_max_norm: float = _option("Clip the gradient to this norm; 0 does not clip.", 0.1)
     epochs: int = _option("Passes over the training set.", 50)
     max_steps: int | None = _option("Stop after this many optimizer steps even if epochs remain.")
+    max_minutes: float | None = _option("Stop after this much training even if steps remain.")
     lr_scheduler: Literal["step", "constant", "linear", "cosine"] = _option(
         "step divides the rate by 10 every --lr_drop epochs; linear and cosine fall to 0 at the end.", "step"
     )
@@ -130,7 +135,8 @@ class RunOptions:
     )
     eval_every: int = _option("Epochs between evaluations; 0 evaluates never.", 1)
     save_top_k: int = _option("How many models of the highest AP to keep.", 3)
-    checkpointing_steps: int | None = _option("Save the training state every so many steps, besides after each epoch.")
+    save_every: int = _option("Epochs between two savings of the training state.", 1)
+    checkpointing_steps: int | None = _option("Save the training state every so many steps, besides after epochs.")
     log_every: int = _option("Optimizer steps between two lines of the log.", 50)
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
@@ -155,7 +161,7 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             *("num_latents", "enc_blocks", "enc_layers_per_block", "enc_layers", "dec_layers", "dim_feedforward"),
             *("hidden_dim", "nheads", "num_queries", "shortest_edge", "longest_edge", "batch_size", "epochs"),
             *("max_train_samples", "max_eval_samples", "max_steps", "lr_drop", "gradient_accumulation_steps"),
-            *("checkpointing_steps", "log_every"),
+            *("checkpointing_steps", "log_every", "save_every"),
         )
         at_least_zero = (
             *("set_cost_class", "set_cost_bbox", "set_cost_giou", "bbox_loss_coef", "giou_loss_coef", "eos_coef"),
@@ -203,6 +209,8 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             self._refuse(["lr_drop"], f"is an option of --lr_scheduler step, not of {self.lr_scheduler}.")
         if self.lr == 0:
             raise ValueError("--lr 0 would train nothing.")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"--max_minutes must be more than 0, not {self.max_minutes}.")
 
     def _check_run(self) -> None:
         known = {"none", *(str(kind.value) for kind in LoggerType)}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model and the image processor that a training run starts from."""
 
+import math
 from typing import Any
 
 import torch
@@ -60,11 +61,18 @@ def build_model(
 def build_image_processor(options: TrainingOptions) -> Any:
     """The processor that is saved with the model: it holds the size that the model is trained for."""
     if options.model is None:
-        processor, size = DePerceiverImageProcessor(), dict(DEFAULT_SIZE)
+        processor = DePerceiverImageProcessor()
     else:
         require_model_source(options.model)
         processor = AutoImageProcessor.from_pretrained(options.model)
-        size = DEFAULT_SIZE | {key: processor.size[key] for key in DEFAULT_SIZE if processor.size.get(key)}
+    size = DEFAULT_SIZE | {key: processor.size[key] for key in DEFAULT_SIZE if processor.size.get(key)}
+    processor.size = type(processor.size)(**_image_size(options, size))
+    return processor
+
+
+def _image_size(options: TrainingOptions, default: dict[str, int]) -> dict[str, int]:
+    """Shortest and longest edge of the images that the model is trained for."""
+    size = dict(default)
     if options.shortest_edge is not None:
         ratio = DEFAULT_SIZE["longest_edge"] / DEFAULT_SIZE["shortest_edge"]
         size = {"shortest_edge": options.shortest_edge, "longest_edge": round(ratio * options.shortest_edge)}
@@ -75,8 +83,7 @@ def build_image_processor(options: TrainingOptions) -> Any:
             f"--longest_edge {size['longest_edge']} is less than the shortest edge of {size['shortest_edge']}; "
             f"give a smaller --shortest_edge too."
         )
-    processor.size = type(processor.size)(**size)
-    return processor
+    return size
 
 
 def pretrained_backbone_name(options: TrainingOptions) -> str | None:
@@ -103,6 +110,10 @@ def deperceiver_config(options: TrainingOptions, label_names: list[str]) -> DePe
         "num_self_attention_heads": options.nheads,
         "decoder_layers": options.dec_layers,
     }
+    if options.position_embedding == "learned":
+        finest = min(given["feature_strides"]) if options.multiscale else options.downsample_factor or 32
+        longest_edge = _image_size(options, DEFAULT_SIZE)["longest_edge"]
+        given["num_position_embeddings"] = max(50, math.ceil(longest_edge / finest))  # 50 in the original
     # Random weights need working batch normalisation and early layers that learn.
     from_scratch = {"freeze_batch_norm": False, "frozen_backbone_stages": -1} if options.no_pretrained_backbone else {}
     return DePerceiverConfig(

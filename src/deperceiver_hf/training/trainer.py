@@ -23,6 +23,7 @@ from ..data import (
     DetectionData,
     DetectionDataset,
     TrainingBatchSampler,
+    is_synthetic,
     load_detection_data,
     make_train_transforms,
     require_same_labels,
@@ -30,7 +31,7 @@ from ..data import (
 from ..evaluation import evaluate_detector
 from ..output_files import write_json
 from .arguments import TrainingOptions
-from .batches import ProcessBatches, make_loader
+from .batches import make_loader
 from .building import build_image_processor, build_model
 from .checkpoints import (
     BestModels,
@@ -53,7 +54,8 @@ Result = TypeVar("Result")
 CHANGEABLE_ON_RESUME = (
     *("dataset", "output_dir", "overwrite_output_dir", "resume", "run_name", "project", "report_to", "log_every"),
     *("amp", "use_bfloat", "mixed_precision"),  # what they lead to is compared
-    *("num_workers", "epochs", "max_steps", "max_eval_samples", "eval_every", "save_top_k", "checkpointing_steps"),
+    *("num_workers", "epochs", "max_steps", "max_minutes", "max_eval_samples", "eval_every"),
+    *("save_top_k", "save_every", "checkpointing_steps"),
 )
 
 
@@ -90,15 +92,13 @@ class DetectionTrainer:
         transforms = make_train_transforms(options.augmentation, size.shortest_edge, size.longest_edge)
         self.dataset = DetectionDataset(self.train_data, transforms, seed=options.seed)
         self.collate = DetectionCollator(self.image_processor, do_resize=False)
-        batches = TrainingBatchSampler(
+        self.sampler = TrainingBatchSampler(
             self.dataset,
             options.batch_size,
-            seed=options.seed,
             group_by_aspect_ratio=options.group_by_aspect_ratio,
+            process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            drop_last=True,
         )
-        self.sampler = ProcessBatches(batches, self.accelerator.process_index)
         self.steps_per_epoch = -(-len(self.sampler) // options.gradient_accumulation_steps)
         self.total_steps = self.steps_per_epoch * options.epochs
         if options.max_steps is not None:
@@ -128,6 +128,7 @@ class DetectionTrainer:
         self.best_models = BestModels(self.accelerator, self.output_dir, options.save_top_k)
         self.stop_request = StopRequest()
         self._grad_norm: torch.Tensor | None = None  # of the last step, before clipping
+        self._clock = time.perf_counter()
 
     def train(self) -> TrainingResult:
         """Train to the end, or until SIGINT or SIGTERM ask to stop.
@@ -168,6 +169,8 @@ class DetectionTrainer:
         for name in CHANGEABLE_ON_RESUME:
             del options[name]
         data = {"training images": len(self.dataset), "classes": self.train_data.label_names}
+        if is_synthetic(self.options.dataset):  # a directory may have moved, scenes are what their name says
+            data["scenes"] = self.options.dataset
         run = {"processes": self.accelerator.num_processes, "precision": self.accelerator.mixed_precision}
         return json.loads(json.dumps({**options, **run, **data}))
 
@@ -215,7 +218,10 @@ class DetectionTrainer:
         return False
 
     def optimizer_step(self, batches: Iterator[Any], count: int) -> bool:
-        """One step on the mean loss of the next `count` batches; returns whether some process was asked to stop."""
+        """One step on the mean loss of the next `count` batches; returns whether some process was asked to stop.
+
+        If the time is up on some process, this step becomes the last.
+        """
         stop = False
         self.optimizer.zero_grad()
         for index in range(count):
@@ -244,15 +250,20 @@ class DetectionTrainer:
         return outputs.loss, outputs.loss_dict, ""
 
     def _agree_to_go_on(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], problem: str) -> bool:
-        """Stop all processes together on a loss that is not finite; returns whether some process was asked to stop.
+        """Stop all processes together on a loss that is not finite, and let them end together when the time is up;
+        returns whether some process was asked to stop.
 
         This waits for the device once in a forward pass, right after the matching has done so anyway.
         """
         finite = loss.detach().isfinite()
         if self._grad_norm is not None and self.accelerator.scaler is None:  # a GradScaler skips such steps itself
             finite = finite & self._grad_norm.isfinite()
-        flags = torch.stack([~finite, finite.new_tensor(self.stop_request.requested)]).float()
-        broken, stop = self.accelerator.reduce(flags, reduction="sum").tolist()
+        minutes = (self.progress.seconds + time.perf_counter() - self._clock) / 60
+        time_is_up = self.options.max_minutes is not None and minutes >= self.options.max_minutes
+        flags = torch.stack([~finite, finite.new_tensor(self.stop_request.requested), finite.new_tensor(time_is_up)])
+        broken, stop, time_is_up = self.accelerator.reduce(flags.float(), reduction="sum").tolist()
+        if time_is_up:
+            self.total_steps = self.progress.step + 1
         if broken:
             values = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
             if self._grad_norm is not None:
@@ -288,8 +299,9 @@ class DetectionTrainer:
             label = progress.epoch + bool(progress.batches)
             self.best_models.offer(progress, label, result.metrics, self._save_model)
         progress.closed_step = progress.step
-        self._save_state()
-        self.best_models.remove_others(progress)
+        if at_end or progress.epoch % options.save_every == 0:
+            self._save_state()
+            self.best_models.remove_others(progress)
 
     @property
     def _epochs_done(self) -> float:

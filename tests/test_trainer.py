@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' own `Trainer` trains and evaluates the model, and gathers nothing but predictions."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from conftest import tiny_model
+from deperceiver_hf import DePerceiverImageProcessor
+from deperceiver_hf.data import DetectionCollator, DetectionDataset, load_detection_data
+
+
+@pytest.mark.parametrize("decoder_type", ["cross_attention", "layered"])
+def test_trainer_trains_and_gathers_predictions_only(tmp_path, decoder_type):
+    data = load_detection_data("synthetic", "train", image_size=64, max_samples=4)
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    collate = DetectionCollator(DePerceiverImageProcessor(size=size), do_resize=True)
+    model = tiny_model(decoder_type=decoder_type, num_labels=len(data.label_names))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        max_steps=2,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_do_concat_batches=False,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+    )
+    gathered = []
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=DetectionDataset(data),
+        eval_dataset=DetectionDataset(data),
+        compute_metrics=lambda prediction: gathered.append(prediction.predictions) or {},
+    )
+    result = trainer.train()
+    assert result.training_loss > 0
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert any("class_labels_classifier" in name for name in changed)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    (batches,) = gathered
+    for batch in batches:
+        logits, boxes = batch
+        assert logits.shape == (2, 7, len(data.label_names) + 1)
+        assert boxes.shape == (2, 7, 4)
