@@ -223,12 +223,12 @@ def test_matching_copies_to_the_host_once(monkeypatch):
     assert len(copies) == 1
 
 
-def _gradients_in_a_process(rank: int, world_size: int, port: int, results) -> None:
+def _gradients_in_a_process(rank: int, world_size: int, port: int, sizes: list[int], results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
     )
-    images, labels = joint_batch()
+    images, labels = joint_batch(sizes)
     model = torch.nn.parallel.DistributedDataParallel(tiny_model(decoder_type="layered", decoder_attention_dropout=0))
     share = slice(rank * 2, rank * 2 + 2)
     outputs = model(images[share], labels=labels[share])
@@ -240,17 +240,18 @@ def _gradients_in_a_process(rank: int, world_size: int, port: int, results) -> N
     torch.distributed.destroy_process_group()
 
 
-def joint_batch():
+def joint_batch(sizes):
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    return images, random_labels([5, 1, 0, 2])
+    return images, random_labels(sizes)
 
 
 @pytest.mark.slow
-def test_box_gradients_of_two_processes_equal_those_of_the_joint_batch():
+@pytest.mark.parametrize(("sizes", "compared"), [([5, 1, 0, 2], "bbox_predictor"), ([3, 1, 0, 4], "")])
+def test_box_gradients_of_two_processes_equal_those_of_the_joint_batch(sizes, compared):
     """Boxes are normalised by their mean number over processes, so their averaged gradients are those of one process.
 
-    The class term is a weighted mean within each process, as in the original, so the heads of the two are told apart:
-    with its weight at 0 everything must agree.
+    The class term is, as in the original, a weighted mean within each process: it agrees, and with it every gradient,
+    where the processes have equally many objects.
     """
     import socket
 
@@ -260,16 +261,16 @@ def test_box_gradients_of_two_processes_equal_those_of_the_joint_batch():
     context = torch.multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = torch.multiprocessing.start_processes(
-        _gradients_in_a_process, (2, port, results), nprocs=2, join=False, start_method="spawn"
+        _gradients_in_a_process, (2, port, sizes, results), nprocs=2, join=False, start_method="spawn"
     )
     distributed = results.get()
     processes.join()
 
-    images, labels = joint_batch()
+    images, labels = joint_batch(sizes)
     model = tiny_model(decoder_type="layered", decoder_attention_dropout=0)
     model(images, labels=labels).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert distributed.keys() == expected.keys()
     for name, gradient in distributed.items():
-        if name.startswith("bbox_predictor"):
+        if name.startswith(compared):
             torch.testing.assert_close(torch.tensor(gradient), expected[name], rtol=1e-3, atol=1e-5)

@@ -30,6 +30,7 @@ VARIANTS = {
         "feature_strides": [16, 32],
         "num_decoder_self_attention_heads": 4,
     },
+    "resnet_d": {"backbone": "test_resnet", "feature_strides": [8, 32]},  # average-pools in its shortcuts
     "wide": {"self_attention_widening_factor": 2, "cross_attention_widening_factor": 3},
 }
 
@@ -158,7 +159,7 @@ def test_no_mask_is_built_without_a_pixel_mask(images):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 71), (33, 40)])
-@pytest.mark.parametrize("variant", ["single", "stride4", "dilation", "multiscale", "learned", "layered"])
+@pytest.mark.parametrize("variant", ["single", "stride4", "dilation", "multiscale", "learned", "layered", "resnet_d"])
 def test_prediction_and_loss_do_not_depend_on_the_neighbour(variant, size, images, labels):
     """The same image alone, beside a larger one, and in the loss."""
     model = tiny_model(**{"backbone": "resnet18", **VARIANTS[variant]})
@@ -272,6 +273,16 @@ def test_learned_positions_end_with_their_tables():
         ({"dropout": 1.0}, "dropout"),
         ({"attention_dropout": -0.1}, "attention_dropout"),
         ({"auxiliary_loss": True}, "decoder_type='layered'"),
+        ({"decoder_attention_dropout": 0.1}, "decoder_type='layered'"),
+        ({"num_hidden_layers": 3}, "num_self_attends_per_block"),
+        ({"num_channels": 1, "backbone": None, "backbone_config": ResNetConfig(out_indices=[3])}, "num_channels"),
+        (
+            {
+                "backbone": None,
+                "backbone_config": {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [4]},
+            },
+            r"strides \[32\]",
+        ),
         ({"dilation": True}, "dilation"),
         ({"frozen_backbone_stages": -2}, "frozen_backbone_stages"),
         ({"eos_coefficient": -1}, "eos_coefficient"),
@@ -325,8 +336,9 @@ def test_defaults_are_the_original_single_scale_model():
     assert (config.num_latents, config.d_latents, config.num_queries) == (1024, 256, 100)
     assert (config.num_blocks, config.num_self_attends_per_block, config.num_self_attention_heads) == (3, 6, 8)
     assert config.backbone_config.backbone == "resnet50"
-    assert (config.decoder_type, config.decoder_attention_dropout) == ("cross_attention", 0.0)
-    assert DePerceiverConfig(decoder_type="layered").decoder_attention_dropout == 0.1
+    assert (config.decoder_type, config.decoder_dropout, config.decoder_attention_dropout) == ("cross_attention", 0, 0)
+    layered = DePerceiverConfig(decoder_type="layered")
+    assert (layered.decoder_dropout, layered.decoder_attention_dropout) == (0.1, 0.1)
 
 
 # --- backbone
@@ -349,6 +361,16 @@ def trained_stages(model: DePerceiverForObjectDetection) -> set[str]:
 def test_frozen_stages(fields, expected):
     model = tiny_model(backbone="resnet18", freeze_batch_norm=False, **fields)
     assert trained_stages(model) == expected
+
+
+@pytest.mark.parametrize("fields", [{}, {"freeze_backbone": True}, {"frozen_backbone_stages": -1}])
+def test_what_is_frozen_stays_frozen_after_loading(fields, tmp_path):
+    model = tiny_model(backbone="resnet18", **fields)
+    model.save_pretrained(tmp_path)
+    reloaded = DePerceiverForObjectDetection.from_pretrained(tmp_path)
+    frozen, again = ({n for n, p in m.named_parameters() if not p.requires_grad} for m in (model, reloaded))
+    assert again == frozen
+    assert bool(frozen) == (fields.get("frozen_backbone_stages") != -1)
 
 
 def test_frozen_batch_norm_does_not_move(images, labels):
@@ -377,12 +399,29 @@ def test_frozen_batch_norm_equals_batch_norm_in_evaluation():
 
 
 @pytest.mark.parametrize(
-    ("backbone", "strides"), [("convnext_atto", [4, 8]), ("mobilenetv3_small_050", [16, 32]), ("resnet18", [8])]
+    ("backbone", "strides"),
+    [
+        ("convnext_atto", [4, 8]),
+        ("mobilenetv3_small_050", [16, 32]),
+        ("tf_efficientnet_b0", [8, 32]),
+        ("resnet18", [8]),
+    ],
 )
-def test_timm_backbones(backbone, strides, images):
-    model = tiny_model(backbone=backbone, feature_strides=strides)
+def test_timm_backbones(backbone, strides, images, tmp_path):
+    """Frozen norms keep the names that pretrained weights have, and padded batches go through."""
+    import timm
+
+    weights = timm.create_model(backbone)
+    torch.save(weights.state_dict(), tmp_path / "weights.pth")
+    model = create_model(tiny_config(backbone=backbone, feature_strides=strides), tmp_path / "weights.pth").eval()
+    padded, mask = padding_below_and_right(images, 96, 130)
     with torch.no_grad():
-        assert model(images).logits.isfinite().all()
+        assert model(padded, mask).logits.isfinite().all()
+        reference = timm.create_model(backbone, features_only=True).eval()
+        reference.load_state_dict(model.model.backbone.model._backbone.state_dict(), strict=False)
+        features = model.model.backbone(images)[0][0]
+        expected = next(f for f in reference(images) if f.shape == features.shape)
+        torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_transformers_backbone(images, tmp_path):
@@ -401,8 +440,8 @@ def test_transformers_backbone(images, tmp_path):
 
 
 def test_a_backbone_of_another_stride_is_refused(images):
-    config = {"model_type": "timm_backbone", "backbone": "test_resnet", "out_indices": [4]}
-    model = tiny_model(backbone=None, backbone_config=config, feature_strides=16)
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage4"])
+    model = tiny_model(backbone=None, backbone_config=backbone, feature_strides=16)
     with pytest.raises(ValueError, match="stride of 16"):
         model(images)
 
@@ -558,7 +597,7 @@ def test_offloading_splits_at_the_named_modules(tmp_path, images):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("variant", ["single", "layered"])
 def test_gradient_checkpointing_gives_equal_gradients(variant, use_reentrant, images, labels):
-    fields = {**VARIANTS[variant], "decoder_attention_dropout": 0.0}
+    fields = {**VARIANTS[variant], "decoder_dropout": 0.0, "decoder_attention_dropout": 0.0}
     plain, checkpointed = tiny_model(**fields).train(), tiny_model(**fields).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert checkpointed.is_gradient_checkpointing
@@ -578,12 +617,47 @@ def test_every_trained_parameter_gets_a_gradient(images, labels):
     assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def test_dropout_acts_in_training_only(images):
-    model = tiny_model(dropout=0.5)
+@pytest.mark.parametrize(
+    ("decoder_type", "dropout"),
+    [
+        ("cross_attention", "dropout"),
+        ("cross_attention", "attention_dropout"),
+        ("cross_attention", "decoder_dropout"),
+        ("layered", "decoder_dropout"),
+        ("layered", "decoder_attention_dropout"),
+    ],
+)
+def test_every_dropout_acts_in_training_only(decoder_type, dropout, images):
+    none = {"decoder_dropout": 0.0, "decoder_attention_dropout": 0.0}
+    still, model = (tiny_model(decoder_type=decoder_type, **{**none, **p}).train() for p in ({}, {dropout: 0.5}))
     with torch.no_grad():
-        assert torch.equal(model(images).logits, model(images).logits)
-        model.train()
+        assert torch.equal(still(images).logits, still(images).logits)
         assert not torch.equal(model(images).logits, model(images).logits)
+        assert torch.equal(model.eval()(images).logits, still.eval()(images).logits)
+
+
+def test_layered_decoder_drops_what_the_original_drops():
+    """The authors' layer: 0.1 on the weights of self-attention, on the output of cross-attention and on the MLP."""
+    layer = tiny_model(decoder_type="layered").model.decoder.layers[0]
+    assert layer.self_attention.attention_dropout == 0.1
+    assert layer.cross_attention.attention.attention_dropout == 0.0
+    assert layer.cross_attention.dropout.p == 0.1
+
+
+def test_forward_exports_with_dynamic_batch_and_size(images):
+    model = tiny_model(feature_strides=[8, 16, 32])
+    dynamic = torch.export.Dim.DYNAMIC
+    shapes = {"pixel_values": {0: dynamic, 2: dynamic, 3: dynamic}, "pixel_mask": dict.fromkeys(range(3), dynamic)}
+    padded, mask = padding_below_and_right(images, 96, 128)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (), {"pixel_values": padded, "pixel_mask": mask}, dynamic_shapes=shapes, strict=False
+        ).module()
+        for batch, height, width in ((1, 64, 160), (3, 130, 97)):
+            image = torch.randn(batch, 3, height - 10, width - 20)
+            padded, mask = padding_below_and_right(image, height, width)
+            exported = program(pixel_values=padded, pixel_mask=mask)
+            torch.testing.assert_close(exported.logits, model(padded, mask).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

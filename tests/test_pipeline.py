@@ -32,6 +32,8 @@ MODEL_FILES = {
     "model.safetensors",
     "configuration_deperceiver.py",
     "modeling_deperceiver.py",
+    "tokens_deperceiver.py",
+    "layers_deperceiver.py",
     "loss_deperceiver.py",
 }
 PROCESSOR_FILES = {

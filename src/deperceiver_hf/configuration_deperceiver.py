@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of DePerceiver (Li & Kannan 2021, "DePerceiver: Improving Small Object Detection in DETR")."""
 
+from functools import cache
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +10,26 @@ from transformers.utils import auto_docstring
 
 NOMINAL_STRIDES = (4, 8, 16, 32)
 LEVEL_EMBEDDING_DIM = 4  # channels that tell the feature levels apart when there are several
+
+
+@cache
+def timm_strides(backbone: str) -> list[int]:
+    """Strides of all feature maps of a timm model, in the order of `out_indices`.
+
+    Raises:
+        ValueError: The model does not exist or has no feature maps.
+    """
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return timm.create_model(backbone, pretrained=False, features_only=True).feature_info.reduction()
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"timm cannot make a feature extractor of backbone {backbone!r} ({error}). "
+            f"Choose a name from `timm.list_models()` or pass a `backbone_config`."
+        ) from error
 
 
 def timm_out_indices(backbone: str, strides: list[int]) -> list[int]:
@@ -24,17 +45,7 @@ def timm_out_indices(backbone: str, strides: list[int]) -> list[int]:
     Raises:
         ValueError: The model does not exist, has no feature maps, or none of a wanted stride.
     """
-    import timm
-    import torch
-
-    try:
-        with torch.device("meta"):
-            reductions = timm.create_model(backbone, pretrained=False, features_only=True).feature_info.reduction()
-    except (RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"timm cannot make a feature extractor of backbone {backbone!r} ({error}). "
-            f"Choose a name from `timm.list_models()` or pass a `backbone_config`."
-        ) from error
+    reductions = timm_strides(backbone)
     # Several maps can share a stride (stem and first stage, say); the deepest of them carries most information.
     index_of = {reduction: index for index, reduction in enumerate(reductions)}
     missing = [stride for stride in strides if stride not in index_of]
@@ -99,12 +110,15 @@ class DePerceiverConfig(PreTrainedConfig):
     cross_attention_widening_factor (`int`, *optional*, defaults to 1):
         Hidden width of the MLP after cross-attention, relative to its input.
     dropout (`float`, *optional*, defaults to 0.0):
-        Dropout on the output of every attention and MLP, in [0, 1).
+        Dropout on the output of every attention and MLP of the encoder, in [0, 1).
     attention_dropout (`float`, *optional*, defaults to 0.0):
         Dropout on the attention weights of the encoder, in [0, 1).
+    decoder_dropout (`float`, *optional*):
+        Dropout on the output of cross-attention and MLP in the decoder, in [0, 1). Unless given 0.1 for the
+        `"layered"` decoder, as in the original, and `dropout` for the `"cross_attention"` decoder.
     decoder_attention_dropout (`float`, *optional*):
-        Dropout on the attention weights of the decoder, in [0, 1). As in the original, 0.1 for the `"layered"`
-        decoder and 0.0 for the `"cross_attention"` decoder unless given.
+        Dropout on the weights of the self-attention among queries in the `"layered"` decoder, in [0, 1). Unless given
+        0.1, as in the original.
     decoder_type (`str`, *optional*, defaults to `"cross_attention"`):
         `"cross_attention"`: the queries read the latents once (original `--no_aux_loss`). `"layered"`:
         `decoder_layers` times self-attention among the queries and a reading of the latents.
@@ -169,7 +183,7 @@ class DePerceiverConfig(PreTrainedConfig):
     freeze_backbone: bool = False
     mask_padding: bool = True
     dilation: bool = False
-    feature_strides: int | list[int] = 32
+    feature_strides: int | list[int] | tuple[int, ...] = 32
     position_embedding_type: Literal["sine", "learned"] = "sine"
     num_position_embeddings: int = 50
     num_latents: int = 1024
@@ -184,6 +198,7 @@ class DePerceiverConfig(PreTrainedConfig):
     cross_attention_widening_factor: int = 1
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
+    decoder_dropout: float | int | None = None
     decoder_attention_dropout: float | int | None = None
     decoder_type: Literal["cross_attention", "layered"] = "cross_attention"
     decoder_layers: int = 3
@@ -200,8 +215,13 @@ class DePerceiverConfig(PreTrainedConfig):
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.feature_strides, int):
-            self.feature_strides = [self.feature_strides]
+        for name in ("num_hidden_layers", "num_encoder_layers"):
+            if name in kwargs:
+                raise ValueError(f"`{name}` follows from `num_blocks` and `num_self_attends_per_block`: set those.")
+        strides = self.feature_strides
+        self.feature_strides = [strides] if isinstance(strides, int) else list(strides)
+        if self.decoder_dropout is None:
+            self.decoder_dropout = 0.1 if self.decoder_type == "layered" else self.dropout
         if self.decoder_attention_dropout is None:
             self.decoder_attention_dropout = 0.1 if self.decoder_type == "layered" else 0.0
         if self.auxiliary_loss is None:
@@ -248,7 +268,7 @@ class DePerceiverConfig(PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
-        for name in ("dropout", "attention_dropout", "decoder_attention_dropout"):
+        for name in ("dropout", "attention_dropout", "decoder_dropout", "decoder_attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), not {getattr(self, name)}.")
         for name in (
@@ -281,6 +301,11 @@ class DePerceiverConfig(PreTrainedConfig):
         if self.auxiliary_loss and self.decoder_type != "layered":
             raise ValueError(
                 "`auxiliary_loss=True` needs `decoder_type='layered'`: the 'cross_attention' decoder has one output."
+            )
+        if self.decoder_attention_dropout and self.decoder_type != "layered":
+            raise ValueError(
+                "`decoder_attention_dropout` needs `decoder_type='layered'`: the 'cross_attention' decoder has no "
+                "self-attention. Its own dropout is `decoder_dropout`."
             )
         if self.dilation and 32 not in strides:
             raise ValueError(
@@ -316,6 +341,20 @@ class DePerceiverConfig(PreTrainedConfig):
             raise ValueError(
                 f"`backbone_config` returns {len(outputs)} feature maps ({outputs}), but `feature_strides` "
                 f"{self.feature_strides} needs {self.num_feature_levels}."
+            )
+        if is_timm:
+            available = timm_strides(backbone_config.backbone)
+            strides = [available[index] for index in backbone_config.out_indices]
+            if strides != self.feature_strides:
+                raise ValueError(
+                    f"`backbone_config` returns feature maps of strides {strides}, but `feature_strides` is "
+                    f"{self.feature_strides}: set its `out_indices` to "
+                    f"{timm_out_indices(backbone_config.backbone, self.feature_strides)}."
+                )
+        channels = getattr(backbone_config, "num_channels", self.num_channels)
+        if channels != self.num_channels:
+            raise ValueError(
+                f"`num_channels` is {self.num_channels}, but that of `backbone_config` is {channels}: make them equal."
             )
         return backbone_config
 

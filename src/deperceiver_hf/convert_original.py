@@ -105,6 +105,10 @@ def load_original(
     unknown = sorted(set(config_overrides) - known)
     if unknown:
         raise ValueError(f"{unknown} are not fields of DePerceiverConfig.")
+    if "id2label" in config_overrides or "num_labels" in config_overrides:
+        inferred = {name: value for name, value in inferred.items() if name not in ("id2label", "label2id")}
+    if "backbone_config" in config_overrides:
+        del inferred["backbone"]
     config = DePerceiverConfig(**{**inferred, "num_blocks": num_blocks, "dilation": dilation, **config_overrides})
     model = DePerceiverForObjectDetection(config)
     converted = _convert_names(state_dict)
@@ -119,7 +123,8 @@ def load_original(
         raise ValueError(
             f"this checkpoint does not fit the DePerceiver that its names describe: {len(missing)} weights are "
             f"missing (such as {missing[:3]}), {len(unexpected)} are unknown (such as {unexpected[:3]}), "
-            f"{len(misshapen)} have another shape (such as {misshapen[:3]})."
+            f"{len(misshapen)} have another shape (such as {misshapen[:3]}). A backbone that is no plain ResNet "
+            f"must be named, for example `backbone='wide_resnet50_2'`."
         )
     model.load_state_dict(converted)
     return model.eval()

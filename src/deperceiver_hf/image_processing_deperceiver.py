@@ -131,6 +131,8 @@ class DetectionProcessingMixin:
                     f"Got {len(target_sizes)} target sizes for {len(boxes)} images; expected one (height, width) per "
                     "image of the batch."
                 )
+            if not isinstance(target_sizes, torch.Tensor):  # tensors in a list too, such as those of `orig_size`
+                target_sizes = [size.tolist() if isinstance(size, torch.Tensor) else size for size in target_sizes]
             sizes = torch.as_tensor(target_sizes, dtype=torch.float32, device=boxes.device)
             if sizes.shape != (len(boxes), 2):
                 raise ValueError(

@@ -109,11 +109,12 @@ class DePerceiverCrossAttentionLayer(GradientCheckpointingLayer):
     """Queries read another array (pre-norm on both), followed by an MLP.
 
     Args:
-        config (`DePerceiverConfig`): Gives heads, widening factor and dropout.
+        config (`DePerceiverConfig`): Gives heads and widening factor.
         query_dim (`int`): Width of the queries.
         key_value_dim (`int`): Width of the array that is read.
-        attention_dropout (`float`): Dropout on the attention weights.
         query_residual (`bool`): Add the queries to what was read (the encoder does, the decoder does not).
+        dropout (`float`): Dropout on the output of attention and MLP.
+        attention_dropout (`float`): Dropout on the attention weights.
     """
 
     def __init__(
@@ -121,8 +122,10 @@ class DePerceiverCrossAttentionLayer(GradientCheckpointingLayer):
         config: DePerceiverConfig,
         query_dim: int,
         key_value_dim: int,
-        attention_dropout: float,
+        *,
         query_residual: bool,
+        dropout: float,
+        attention_dropout: float,
     ):
         super().__init__()
         self.query_residual = query_residual
@@ -133,7 +136,7 @@ class DePerceiverCrossAttentionLayer(GradientCheckpointingLayer):
         )
         self.mlp_norm = nn.LayerNorm(query_dim)
         self.mlp = DePerceiverMLP(query_dim, config.cross_attention_widening_factor)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
@@ -190,17 +193,20 @@ class DePerceiverDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DePerceiverConfig):
         super().__init__()
         dim = config.d_model
-        dropout = config.decoder_attention_dropout
         self.self_attention = None
         if config.decoder_type == "layered":
             self.self_attention = DePerceiverAttention(
-                config, dim, dim, config.num_decoder_self_attention_heads, dropout
+                config, dim, dim, config.num_decoder_self_attention_heads, config.decoder_attention_dropout
             )
             self.self_attention_norm = nn.LayerNorm(dim)
         self.cross_attention = DePerceiverCrossAttentionLayer(
-            config, dim, config.d_latents, dropout, query_residual=False
+            config,
+            dim,
+            config.d_latents,
+            query_residual=False,
+            dropout=config.decoder_dropout,
+            attention_dropout=0.0,
         )
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -222,7 +228,7 @@ class DePerceiverDecoderLayer(GradientCheckpointingLayer):
             # Unlike in DETR, the query positions are part of the values, too.
             queries = hidden_states + query_positions
             attended, _ = self.self_attention(queries, queries, **kwargs)
-            hidden_states = self.self_attention_norm(hidden_states + self.dropout(attended))
+            hidden_states = self.self_attention_norm(hidden_states + attended)
         return self.cross_attention(hidden_states, latents, query_positions, **kwargs)
 
 

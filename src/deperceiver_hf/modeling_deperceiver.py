@@ -210,9 +210,14 @@ class DePerceiverPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in every model; then the frozen norms, which the backbone's own initialisation does not know."""
+        """As in every model; then the frozen norms, which the backbone's own initialisation does not know.
+
+        Loading puts new parameters in the place of those that were frozen, and calls this afterwards.
+        """
         super().initialize_weights()
         for module in self.modules():
+            if isinstance(module, DePerceiverBackbone):
+                module.freeze(self.config)
             if isinstance(module, DePerceiverFrozenBatchNorm2d):
                 init.ones_(module.weight)
                 init.zeros_(module.bias)
@@ -234,7 +239,12 @@ class DePerceiverEncoder(DePerceiverPreTrainedModel):
         super().__init__(config)
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.d_latents))
         self.cross_attention = DePerceiverCrossAttentionLayer(
-            config, config.d_latents, config.d_model, config.attention_dropout, query_residual=True
+            config,
+            config.d_latents,
+            config.d_model,
+            query_residual=True,
+            dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
         )
         self.layers = nn.ModuleList(
             DePerceiverSelfAttentionLayer(config) for _ in range(config.num_self_attends_per_block)

@@ -6,6 +6,7 @@ Shapes: B images, N tokens, D channels; (H, W) pixels, (h, w) cells of a feature
 
 import math
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -23,20 +24,23 @@ class DePerceiverFrozenBatchNorm2d(nn.Module):
     Args:
         num_features (`int`): Number of channels.
         eps (`float`): Added to the variance.
+        activation (`list[nn.Module]`): What follows inside of the same module, as in timm's `BatchNormAct2d`.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5):
+    def __init__(self, num_features: int, eps: float = 1e-5, activation: Sequence[nn.Module] = ()):
         super().__init__()
         self.eps = eps
+        self.activation = nn.Sequential(*activation)
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return nn.functional.batch_norm(
+        normed = nn.functional.batch_norm(
             features, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
         )
+        return self.activation(normed)
 
 
 def freeze_batch_norms(module: nn.Module) -> None:
@@ -47,10 +51,9 @@ def freeze_batch_norms(module: nn.Module) -> None:
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            frozen = DePerceiverFrozenBatchNorm2d(child.num_features, child.eps).to(child.weight)
-            # timm's BatchNormAct2d carries the activation that follows.
             activation = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
-            setattr(module, name, nn.Sequential(frozen, *activation) if activation else frozen)
+            frozen = DePerceiverFrozenBatchNorm2d(child.num_features, child.eps, activation)
+            setattr(module, name, frozen.to(child.weight))
         else:
             freeze_batch_norms(child)
 
@@ -81,7 +84,8 @@ def mask_of_cells(pixel_mask: torch.Tensor, height: int, width: int) -> torch.Te
 
 
 class HiddenPadding(TorchFunctionMode):
-    """Within this context convolutions and max-pooling see zeros where their input is padding, as beyond the border.
+    """Within this context convolutions and pooling see where their input is padding what they see beyond its border:
+    zeros, which in averages do not count.
 
     Otherwise a backbone writes into the padding what its filters make of the image's edge, reads it in the next layer,
     and gives another result for an image that is padded than for the image alone.
@@ -90,16 +94,25 @@ class HiddenPadding(TorchFunctionMode):
         pixel_mask (`torch.Tensor` of shape `(B, H, W)`): 1 at real pixels, 0 at padding.
     """
 
+    SPATIAL = (torch.conv2d, nn.functional.max_pool2d, nn.functional.avg_pool2d, nn.functional.pad)
+
     def __init__(self, pixel_mask: torch.Tensor):
         super().__init__()
         self.pixel_mask = pixel_mask[:, None]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         pointwise = func is torch.conv2d and args[1].shape[-2:] == (1, 1)  # never looks at a neighbour
-        if func in (torch.conv2d, nn.functional.max_pool2d) and not pointwise:
-            features, *others = args
-            args = (features * mask_of_cells(self.pixel_mask, *features.shape[-2:]).to(features.dtype), *others)
-        return func(*args, **(kwargs or {}))
+        if func not in self.SPATIAL or pointwise or args[0].ndim != 4:
+            return func(*args, **kwargs)
+        features, *others = args
+        mask = mask_of_cells(self.pixel_mask, *features.shape[-2:]).to(features.dtype)
+        if mask.shape[-2:] != features.shape[-2:]:  # padded by `pad`, which has hidden the padding already
+            return func(*args, **kwargs)
+        result = func(features * mask, *others, **kwargs)
+        if func is nn.functional.avg_pool2d:
+            result = result / func(mask, *others, **kwargs).clamp(min=1e-6)
+        return result
 
 
 class DePerceiverBackbone(nn.Module):
@@ -117,9 +130,10 @@ class DePerceiverBackbone(nn.Module):
         self.strides = [16 if config.dilation and stride == 32 else stride for stride in config.feature_strides]
         if config.freeze_batch_norm:
             freeze_batch_norms(self.model)
-        self._freeze(config)
+        self.freeze(config)
 
-    def _freeze(self, config: DePerceiverConfig) -> None:
+    def freeze(self, config: DePerceiverConfig) -> None:
+        """Exclude from training what `frozen_backbone_stages` and `freeze_backbone` say."""
         seen_stages = False
         for name, parameter in self.model.named_parameters():
             stage = backbone_stage(name)
