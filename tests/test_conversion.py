@@ -305,3 +305,14 @@ def test_unreadable_files_are_refused(tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": NotATensor()}, tmp_path / "unsafe.ckpt")
     with pytest.raises(ValueError, match="weights alone"):
         _read_state_dict(tmp_path / "unsafe.ckpt")
+
+
+def test_labels_and_backbone_of_the_caller_replace_the_inferred_ones():
+    state_dict = resnet_state_dict("resnet18", [32], classes=91)
+    names = {index: f"kind {index}" for index in range(91)}
+    config = load_original(state_dict, num_blocks=1, id2label=names).config
+    assert config.id2label == names
+    assert config.label2id["kind 17"] == 17
+    assert "person" not in config.label2id
+    backbone = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [4]}
+    assert load_original(state_dict, num_blocks=1, backbone_config=backbone).config.id2label[1] == "person"

@@ -435,6 +435,17 @@ def test_half_precision_predictions_are_scaled_in_float32(dtype):
     torch.testing.assert_close(result["boxes"], expected * torch.tensor([1333, 1001, 1333, 1001]), atol=1e-3, rtol=0)
 
 
+def test_target_sizes_may_be_a_list_of_tensors():
+    """As `[label["orig_size"] for label in labels]` is."""
+    outputs = SimpleNamespace(logits=torch.randn(2, 3, 4), pred_boxes=torch.rand(2, 3, 4))
+    processor = DePerceiverImageProcessor()
+    sizes = [(480, 640), (500, 333)]
+    expected = processor.post_process_object_detection(outputs, 0.0, sizes)
+    for target_sizes in ([torch.tensor(size) for size in sizes], torch.tensor(sizes)):
+        for result, reference in zip(processor.post_process_object_detection(outputs, 0.0, target_sizes), expected):
+            assert torch.equal(result["boxes"], reference["boxes"])
+
+
 @pytest.mark.parametrize(
     ("target_sizes", "message"),
     [([(10, 10)], "1 target sizes for 2 images"), (torch.ones(2, 3), r"\(2, 2\).*\(2, 3\)"), ([10, 20], r"\(2, 2\)")],

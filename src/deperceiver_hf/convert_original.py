@@ -107,6 +107,8 @@ def load_original(
         raise ValueError(f"{unknown} are not fields of DePerceiverConfig.")
     if "id2label" in config_overrides or "num_labels" in config_overrides:
         inferred = {name: value for name, value in inferred.items() if name not in ("id2label", "label2id")}
+    if "id2label" in config_overrides:
+        inferred["label2id"] = {name: int(index) for index, name in config_overrides["id2label"].items()}
     if "backbone_config" in config_overrides:
         del inferred["backbone"]
     config = DePerceiverConfig(**{**inferred, "num_blocks": num_blocks, "dilation": dilation, **config_overrides})
