@@ -442,7 +442,8 @@ def test_target_sizes_may_be_a_list_of_tensors():
     sizes = [(480, 640), (500, 333)]
     expected = processor.post_process_object_detection(outputs, 0.0, sizes)
     for target_sizes in ([torch.tensor(size) for size in sizes], torch.tensor(sizes)):
-        for result, reference in zip(processor.post_process_object_detection(outputs, 0.0, target_sizes), expected):
+        results = processor.post_process_object_detection(outputs, 0.0, target_sizes)
+        for result, reference in zip(results, expected, strict=True):
             assert torch.equal(result["boxes"], reference["boxes"])
 
 

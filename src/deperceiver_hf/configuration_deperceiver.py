@@ -77,8 +77,9 @@ class DePerceiverConfig(PreTrainedConfig):
         Train no parameter of the backbone.
     mask_padding (`bool`, *optional*, defaults to `True`):
         Keep what is padding in `pixel_mask` at zero all the way through the backbone, so that a prediction does not
-        depend on what an image is padded to: exactly for ResNets and others without global pooling whose strided
-        layers round up. `False` is the original's behaviour, in which image borders depend on it.
+        depend on what an image is padded to: exactly for ResNets (but timm's `resnetv2`) and others without global
+        pooling whose strided layers round up; close to it elsewhere. `False` is the original's behaviour, in which
+        image borders depend on it.
     dilation (`bool`, *optional*, defaults to `False`):
         Replace the stride of the backbone's last stage by dilation ("DC5"); the map called 32 in `feature_strides`
         then has 16 pixels per cell. timm backbones only.

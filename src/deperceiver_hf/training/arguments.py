@@ -50,7 +50,9 @@ class ModelOptions:
     dim_feedforward: int | None = _option("Hidden width of DETR's MLPs; 2048 if not given.")
     hidden_dim: int | None = _option("Width of tokens, latents and queries; 256 if not given.")
     nheads: int | None = _option("Heads of self-attention (of every attention in DETR); 8 if not given.")
-    dropout: float | None = _option("Dropout after attention and MLP; 0 if not given, 0.1 for DETR.")
+    dropout: float | None = _option(
+        "Dropout after attention and MLP; 0 if not given, 0.1 for DETR. The layered decoder has its own 0.1."
+    )
     num_queries: int | None = _option("Object queries, the most objects found in an image; 100 if not given.")
     no_aux_loss: bool = _option(
         "Loss after the last decoder layer only; a DePerceiver has one cross-attention then.", False
