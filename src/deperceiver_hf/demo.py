@@ -120,6 +120,7 @@ def demo_options(output_dir: Path, max_minutes: float) -> TrainingOptions:
         enc_blocks=1,
         enc_layers_per_block=2,
         num_queries=30,
+        dropout=0.0,
         shortest_edge=128,
         longest_edge=128,
         augmentation="none",

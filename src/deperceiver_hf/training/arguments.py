@@ -51,7 +51,7 @@ class ModelOptions:
     hidden_dim: int | None = _option("Width of tokens, latents and queries; 256 if not given.")
     nheads: int | None = _option("Heads of self-attention (of every attention in DETR); 8 if not given.")
     dropout: float | None = _option(
-        "Dropout after attention and MLP; 0 if not given, 0.1 for DETR. The layered decoder has its own 0.1."
+        "Dropout everywhere; if not given, 0.1 in DETR and in the decoder of several layers, 0 elsewhere."
     )
     num_queries: int | None = _option("Object queries, the most objects found in an image; 100 if not given.")
     no_aux_loss: bool = _option(

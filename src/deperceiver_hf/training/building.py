@@ -123,6 +123,7 @@ def deperceiver_config(options: TrainingOptions, label_names: list[str]) -> DePe
         **from_scratch,
         **{name: value for name, value in given.items() if value is not None},
         **_common_fields(options),
+        **_decoder_dropouts(options, layered=not options.no_aux_loss),
         **_label_fields(label_names),
     )
 
@@ -190,8 +191,11 @@ def _load_model(options: TrainingOptions, label_names: list[str]) -> PreTrainedM
     if config.model_type not in MODEL_CLASSES:
         known = " or ".join(MODEL_CLASSES)
         raise ValueError(f"--model {options.model} is of type {config.model_type}; {known} can be trained.")
-    freezing = {"freeze_backbone": options.lr_backbone == 0} if config.model_type == "deperceiver" else {}
-    for name, value in (_common_fields(options) | _label_fields(label_names) | freezing).items():
+    changed = _common_fields(options) | _label_fields(label_names)
+    if config.model_type == "deperceiver":
+        changed["freeze_backbone"] = options.lr_backbone == 0
+        changed |= _decoder_dropouts(options, layered=config.decoder_type == "layered")
+    for name, value in changed.items():
         setattr(config, name, value)
     model, report = MODEL_CLASSES[config.model_type].from_pretrained(
         options.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
@@ -214,6 +218,13 @@ def _common_fields(options: TrainingOptions) -> dict[str, Any]:
         "eos_coefficient": options.eos_coef,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _decoder_dropouts(options: TrainingOptions, layered: bool) -> dict[str, float]:
+    """Dropouts of a DePerceiver's decoder, which has its own unless `--dropout` is given."""
+    if options.dropout is None:
+        return {}
+    return {"decoder_dropout": options.dropout} | ({"decoder_attention_dropout": options.dropout} if layered else {})
 
 
 def _label_fields(label_names: list[str]) -> dict[str, Any]:
