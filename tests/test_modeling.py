@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, ResNetConfig
 
 from conftest import tiny_config, tiny_model
@@ -644,6 +645,9 @@ def test_layered_decoder_drops_what_the_original_drops():
     assert layer.cross_attention.dropout.p == 0.1
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.14"), reason="torch 2.9 bakes in whether the example's sides are odd"
+)
 def test_forward_exports_with_dynamic_batch_and_size(images):
     model = tiny_model(feature_strides=[8, 16, 32])
     dynamic = torch.export.Dim.DYNAMIC
