@@ -57,9 +57,122 @@ def timm_out_indices(backbone: str, strides: list[int]) -> list[int]:
     return [index_of[stride] for stride in strides]
 
 
+@strict
+class DePerceiverBackboneConfig(PreTrainedConfig):
+    """What the configurations of all architectures say about the convolutional backbone and its feature maps.
+
+    The fields are documented where they can be set, in [`DePerceiverConfig`].
+    """
+
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - the form that every supported transformers reads
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    num_channels: int = 3
+    freeze_batch_norm: bool = True
+    frozen_backbone_stages: int = 1
+    freeze_backbone: bool = False
+    mask_padding: bool = True
+    dilation: bool = False
+    feature_strides: int | list[int] | tuple[int, ...] = 32
+
+    def __post_init__(self, **kwargs):
+        strides = self.feature_strides
+        self.feature_strides = [strides] if isinstance(strides, int) else list(strides)
+        self.check_architecture()
+        self.backbone_config = self._resolve_backbone(kwargs.pop("backbone", None))
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_feature_levels(self) -> int:
+        """Number of feature maps that the tokens come from."""
+        return len(self.feature_strides)
+
+    def check_architecture(self) -> None:
+        """Refuse what cannot be built.
+
+        Raises:
+            ValueError: Names the fields, what they are, and what they may be.
+        """
+        strides = self.feature_strides
+        if not strides or strides != sorted(set(strides)) or not set(strides) <= set(NOMINAL_STRIDES):
+            raise ValueError(
+                f"`feature_strides` must be one of {NOMINAL_STRIDES} or an ascending list of them, not {strides}."
+            )
+        self.require_at_least(1, "num_channels")
+        if self.frozen_backbone_stages < -1:
+            raise ValueError(f"`frozen_backbone_stages` must be -1 (none) or more, not {self.frozen_backbone_stages}.")
+        if self.dilation and 32 not in strides:
+            raise ValueError(
+                f"`dilation=True` changes the stage of stride 32, which `feature_strides` {strides} does not use."
+            )
+
+    def require_at_least(self, least: int, *names: str) -> None:
+        """Refuse fields that are smaller with a `ValueError`."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, not {getattr(self, name)}.")
+
+    def require_dropouts(self, *names: str) -> None:
+        """Refuse fields that are no probabilities below 1 with a `ValueError`."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), not {getattr(self, name)}.")
+
+    def require_matching_costs(self) -> None:
+        """Refuse a matching that nothing decides with a `ValueError`."""
+        if self.class_cost == self.bbox_cost == self.giou_cost == 0:
+            raise ValueError("`class_cost`, `bbox_cost` and `giou_cost` are all 0: nothing would decide the matching.")
+
+    def _resolve_backbone(self, name: str | None) -> dict | PreTrainedConfig:
+        backbone_config = self.backbone_config
+        if backbone_config is not None and name is not None:
+            raise ValueError(f"give either `backbone` ({name!r}) or `backbone_config`, not both.")
+        if backbone_config is None:
+            name = name or "resnet50"
+            backbone_config = {
+                "model_type": "timm_backbone",
+                "backbone": name,
+                "num_channels": self.num_channels,
+                "out_indices": timm_out_indices(name, self.feature_strides),
+                **({"output_stride": 16} if self.dilation else {}),
+            }
+        if isinstance(backbone_config, dict):
+            if "model_type" not in backbone_config:
+                raise ValueError(
+                    "`backbone_config` as a dictionary needs a 'model_type', such as 'timm_backbone' or 'resnet'."
+                )
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        is_timm = backbone_config.model_type == "timm_backbone"
+        if self.dilation and not (is_timm and backbone_config.output_stride == 16):
+            raise ValueError(
+                "`dilation=True` needs a timm backbone; with your own `backbone_config` set its `output_stride` to 16."
+            )
+        outputs = getattr(backbone_config, "out_indices", None) or getattr(backbone_config, "out_features", None) or []
+        if len(outputs) != self.num_feature_levels:
+            raise ValueError(
+                f"`backbone_config` returns {len(outputs)} feature maps ({outputs}), but `feature_strides` "
+                f"{self.feature_strides} needs {self.num_feature_levels}."
+            )
+        if is_timm:
+            available = timm_strides(backbone_config.backbone)
+            strides = [available[index] for index in backbone_config.out_indices]
+            if strides != self.feature_strides:
+                raise ValueError(
+                    f"`backbone_config` returns feature maps of strides {strides}, but `feature_strides` is "
+                    f"{self.feature_strides}: set its `out_indices` to "
+                    f"{timm_out_indices(backbone_config.backbone, self.feature_strides)}."
+                )
+        channels = getattr(backbone_config, "num_channels", self.num_channels)
+        if channels != self.num_channels:
+            raise ValueError(
+                f"`num_channels` is {self.num_channels}, but that of `backbone_config` is {channels}: make them equal."
+            )
+        return backbone_config
+
+
 @auto_docstring(checkpoint="deperceiver-hf/deperceiver-r50-16")
 @strict
-class DePerceiverConfig(PreTrainedConfig):
+class DePerceiverConfig(DePerceiverBackboneConfig):
     r"""
     backbone_config (`dict` or `PreTrainedConfig`, *optional*):
         Configuration of the convolutional backbone, any that `AutoBackbone` knows. Its `out_indices` or
@@ -157,7 +270,6 @@ class DePerceiverConfig(PreTrainedConfig):
     ```"""
 
     model_type = "deperceiver"
-    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - the form that every supported transformers reads
     keys_to_ignore_at_inference = [  # noqa: RUF012
         "loss_dict",
         "auxiliary_outputs",
@@ -177,14 +289,6 @@ class DePerceiverConfig(PreTrainedConfig):
         "num_hidden_layers": "num_encoder_layers",
     }
 
-    backbone_config: dict | PreTrainedConfig | None = None
-    num_channels: int = 3
-    freeze_batch_norm: bool = True
-    frozen_backbone_stages: int = 1
-    freeze_backbone: bool = False
-    mask_padding: bool = True
-    dilation: bool = False
-    feature_strides: int | list[int] | tuple[int, ...] = 32
     position_embedding_type: Literal["sine", "learned"] = "sine"
     num_position_embeddings: int = 50
     num_latents: int = 1024
@@ -219,27 +323,18 @@ class DePerceiverConfig(PreTrainedConfig):
         for name in ("num_hidden_layers", "num_encoder_layers"):
             if name in kwargs:
                 raise ValueError(f"`{name}` follows from `num_blocks` and `num_self_attends_per_block`: set those.")
-        strides = self.feature_strides
-        self.feature_strides = [strides] if isinstance(strides, int) else list(strides)
         if self.decoder_dropout is None:
             self.decoder_dropout = 0.1 if self.decoder_type == "layered" else self.dropout
         if self.decoder_attention_dropout is None:
             self.decoder_attention_dropout = 0.1 if self.decoder_type == "layered" else 0.0
         if self.auxiliary_loss is None:
             self.auxiliary_loss = self.decoder_type == "layered"
-        self.check_architecture()
-        self.backbone_config = self._resolve_backbone(kwargs.pop("backbone", None))
         super().__post_init__(**kwargs)
 
     @property
     def num_encoder_layers(self) -> int:
         """Self-attention layers that the latents pass through, each shared layer counted once per block."""
         return self.num_blocks * self.num_self_attends_per_block
-
-    @property
-    def num_feature_levels(self) -> int:
-        """Number of feature maps that the tokens come from."""
-        return len(self.feature_strides)
 
     @property
     def token_dim(self) -> int:
@@ -251,35 +346,21 @@ class DePerceiverConfig(PreTrainedConfig):
         return self
 
     def check_architecture(self) -> None:
-        """Refuse what cannot be built.
-
-        Raises:
-            ValueError: Names the fields, what they are, and what they may be.
-        """
-        strides = self.feature_strides
-        if not strides or strides != sorted(set(strides)) or not set(strides) <= set(NOMINAL_STRIDES):
-            raise ValueError(
-                f"`feature_strides` must be one of {NOMINAL_STRIDES} or an ascending list of them, not {strides}."
-            )
-        for name in (
-            "num_channels", "num_position_embeddings", "num_latents", "d_latents", "d_model", "num_blocks",
-            "num_self_attends_per_block", "num_self_attention_heads", "num_decoder_self_attention_heads",
-            "num_cross_attention_heads", "self_attention_widening_factor", "cross_attention_widening_factor",
-            "decoder_layers", "num_queries",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, not {getattr(self, name)}.")
-        for name in ("dropout", "attention_dropout", "decoder_dropout", "decoder_attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), not {getattr(self, name)}.")
-        for name in (
-            "class_cost", "bbox_cost", "giou_cost", "class_loss_coefficient", "bbox_loss_coefficient",
-            "giou_loss_coefficient", "eos_coefficient",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}.")
-        if self.class_cost == self.bbox_cost == self.giou_cost == 0:
-            raise ValueError("`class_cost`, `bbox_cost` and `giou_cost` are all 0: nothing would decide the matching.")
+        super().check_architecture()
+        self.require_at_least(
+            1,
+            *("num_position_embeddings", "num_latents", "d_latents", "d_model", "num_blocks"),
+            *("num_self_attends_per_block", "num_self_attention_heads", "num_decoder_self_attention_heads"),
+            *("num_cross_attention_heads", "self_attention_widening_factor", "cross_attention_widening_factor"),
+            *("decoder_layers", "num_queries"),
+        )
+        self.require_dropouts("dropout", "attention_dropout", "decoder_dropout", "decoder_attention_dropout")
+        self.require_at_least(
+            0,
+            *("class_cost", "bbox_cost", "giou_cost", "class_loss_coefficient", "bbox_loss_coefficient"),
+            *("giou_loss_coefficient", "eos_coefficient"),
+        )
+        self.require_matching_costs()
         for width, heads, why in (
             ("d_latents", "num_self_attention_heads", "self-attention of the latents"),
             ("d_latents", "num_cross_attention_heads", "reading of the tokens by the latents"),
@@ -297,8 +378,6 @@ class DePerceiverConfig(PreTrainedConfig):
                 f"`d_model` ({self.d_model}){levels} must be a positive multiple of 4, as positions take a sine and a "
                 f"cosine for each of two axes."
             )
-        if self.frozen_backbone_stages < -1:
-            raise ValueError(f"`frozen_backbone_stages` must be -1 (none) or more, not {self.frozen_backbone_stages}.")
         if self.auxiliary_loss and self.decoder_type != "layered":
             raise ValueError(
                 "`auxiliary_loss=True` needs `decoder_type='layered'`: the 'cross_attention' decoder has one output."
@@ -308,56 +387,6 @@ class DePerceiverConfig(PreTrainedConfig):
                 "`decoder_attention_dropout` needs `decoder_type='layered'`: the 'cross_attention' decoder has no "
                 "self-attention. Its own dropout is `decoder_dropout`."
             )
-        if self.dilation and 32 not in strides:
-            raise ValueError(
-                f"`dilation=True` changes the stage of stride 32, which `feature_strides` {strides} does not use."
-            )
-
-    def _resolve_backbone(self, name: str | None) -> dict | PreTrainedConfig:
-        backbone_config = self.backbone_config
-        if backbone_config is not None and name is not None:
-            raise ValueError(f"give either `backbone` ({name!r}) or `backbone_config`, not both.")
-        if backbone_config is None:
-            name = name or "resnet50"
-            backbone_config = {
-                "model_type": "timm_backbone",
-                "backbone": name,
-                "num_channels": self.num_channels,
-                "out_indices": timm_out_indices(name, self.feature_strides),
-                **({"output_stride": 16} if self.dilation else {}),
-            }
-        if isinstance(backbone_config, dict):
-            if "model_type" not in backbone_config:
-                raise ValueError(
-                    "`backbone_config` as a dictionary needs a 'model_type', such as 'timm_backbone' or 'resnet'."
-                )
-            backbone_config = AutoConfig.for_model(**backbone_config)
-        is_timm = backbone_config.model_type == "timm_backbone"
-        if self.dilation and not (is_timm and backbone_config.output_stride == 16):
-            raise ValueError(
-                "`dilation=True` needs a timm backbone; with your own `backbone_config` set its `output_stride` to 16."
-            )
-        outputs = getattr(backbone_config, "out_indices", None) or getattr(backbone_config, "out_features", None) or []
-        if len(outputs) != self.num_feature_levels:
-            raise ValueError(
-                f"`backbone_config` returns {len(outputs)} feature maps ({outputs}), but `feature_strides` "
-                f"{self.feature_strides} needs {self.num_feature_levels}."
-            )
-        if is_timm:
-            available = timm_strides(backbone_config.backbone)
-            strides = [available[index] for index in backbone_config.out_indices]
-            if strides != self.feature_strides:
-                raise ValueError(
-                    f"`backbone_config` returns feature maps of strides {strides}, but `feature_strides` is "
-                    f"{self.feature_strides}: set its `out_indices` to "
-                    f"{timm_out_indices(backbone_config.backbone, self.feature_strides)}."
-                )
-        channels = getattr(backbone_config, "num_channels", self.num_channels)
-        if channels != self.num_channels:
-            raise ValueError(
-                f"`num_channels` is {self.num_channels}, but that of `backbone_config` is {channels}: make them equal."
-            )
-        return backbone_config
 
 
 __all__ = ["DePerceiverConfig"]
