@@ -8,25 +8,37 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from .backbone_weights import create_model
 from .configuration_deperceiver import DePerceiverConfig
+from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .convert_original import load_original
-from .image_processing_deperceiver import DePerceiverImageProcessor, image_processor_classes
+from .image_processing_deperceiver import DePerceiverImageProcessor
+from .image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from .image_processing_pil_deperceiver import DePerceiverImageProcessorPil
+from .image_processing_pil_deperceiver_v2 import DePerceiverV2ImageProcessorPil
 from .modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel, DePerceiverPreTrainedModel
+from .modeling_deperceiver_v2 import (
+    DePerceiverV2ForObjectDetection,
+    DePerceiverV2Model,
+    DePerceiverV2PreTrainedModel,
+)
 
 __version__ = "0.1.0"
 
-# The Auto classes find the classes of this package by the `model_type` of a saved configuration, ...
-AutoConfig.register(DePerceiverConfig.model_type, DePerceiverConfig, exist_ok=True)
-AutoModel.register(DePerceiverConfig, DePerceiverModel, exist_ok=True)
-AutoModelForObjectDetection.register(DePerceiverConfig, DePerceiverForObjectDetection, exist_ok=True)
-AutoImageProcessor.register(DePerceiverConfig, image_processor_classes=image_processor_classes(), exist_ok=True)
+for _config, _model, _detector, _processor in (
+    (DePerceiverConfig, DePerceiverModel, DePerceiverForObjectDetection, DePerceiverImageProcessor),
+    (DePerceiverV2Config, DePerceiverV2Model, DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor),
+):
+    # The Auto classes find the classes of this package by the `model_type` of a saved configuration, ...
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForObjectDetection.register(_config, _detector, exist_ok=True)
+    AutoImageProcessor.register(_config, image_processor_classes=_processor.backend_classes(), exist_ok=True)
 
-# ... and `save_pretrained` writes `auto_map` and the hub files beside the weights, for use without the package.
-DePerceiverConfig.register_for_auto_class("AutoConfig")
-DePerceiverModel.register_for_auto_class("AutoModel")
-DePerceiverForObjectDetection.register_for_auto_class("AutoModelForObjectDetection")
-for _processor_class in image_processor_classes().values():
-    _processor_class.register_for_auto_class("AutoImageProcessor")
+    # ... and `save_pretrained` writes `auto_map` and the hub files beside the weights, for use without the package.
+    _config.register_for_auto_class("AutoConfig")
+    _model.register_for_auto_class("AutoModel")
+    _detector.register_for_auto_class("AutoModelForObjectDetection")
+    for _processor_class in _processor.backend_classes().values():
+        _processor_class.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "DePerceiverConfig",
@@ -35,6 +47,12 @@ __all__ = [
     "DePerceiverImageProcessorPil",
     "DePerceiverModel",
     "DePerceiverPreTrainedModel",
+    "DePerceiverV2Config",
+    "DePerceiverV2ForObjectDetection",
+    "DePerceiverV2ImageProcessor",
+    "DePerceiverV2ImageProcessorPil",
+    "DePerceiverV2Model",
+    "DePerceiverV2PreTrainedModel",
     "create_model",
     "load_original",
 ]

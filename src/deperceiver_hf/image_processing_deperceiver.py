@@ -122,25 +122,7 @@ class DetectionProcessingMixin:
         """
         # Half-precision predictions are converted first: 8 bits of mantissa cannot tell pixels of a large image apart.
         scores, labels = outputs.logits.float().softmax(-1)[..., :-1].max(-1)  # (B, Q)
-        centers, extents = outputs.pred_boxes.float().split(2, dim=-1)  # (B, Q, 2)
-        boxes = torch.cat([centers - extents / 2, centers + extents / 2], dim=-1)  # (B, Q, 4)
-
-        if target_sizes is not None:
-            if len(target_sizes) != len(boxes):
-                raise ValueError(
-                    f"Got {len(target_sizes)} target sizes for {len(boxes)} images; expected one (height, width) per "
-                    "image of the batch."
-                )
-            if not isinstance(target_sizes, torch.Tensor):  # tensors in a list too, such as those of `orig_size`
-                target_sizes = [size.tolist() if isinstance(size, torch.Tensor) else size for size in target_sizes]
-            sizes = torch.as_tensor(target_sizes, dtype=torch.float32, device=boxes.device)
-            if sizes.shape != (len(boxes), 2):
-                raise ValueError(
-                    f"Expected target sizes of shape ({len(boxes)}, 2), a (height, width) per image, got "
-                    f"{tuple(sizes.shape)}."
-                )
-            boxes = boxes * sizes.flip(-1).repeat(1, 2)[:, None]  # (w, h, w, h) per image
-
+        boxes = boxes_in_pixels(outputs.pred_boxes, target_sizes)
         keep = scores >= threshold
         return [
             {"scores": scores[i][keep[i]], "labels": labels[i][keep[i]], "boxes": boxes[i][keep[i]]}
@@ -182,11 +164,16 @@ class DetectionProcessingMixin:
             image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
         return image.to(device)
 
+    @classmethod
+    def backend_classes(cls) -> dict[str, type]:
+        """The classes of this processor's backends by name."""
+        return image_processor_classes()
+
     def to_dict(self) -> dict[str, Any]:
         """The processor's settings; the saved `auto_map` names the classes of both backends, whichever is saved."""
         output = super().to_dict()
         if "AutoImageProcessor" in output.get("auto_map", {}):
-            classes = [image_processor_classes()[backend] for backend in ("pil", "torchvision")]
+            classes = [self.backend_classes()[backend] for backend in ("pil", "torchvision")]
             references = [f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for cls in classes]
             output["auto_map"] = output["auto_map"] | {"AutoImageProcessor": references}
         return output
@@ -304,6 +291,34 @@ def image_processor_classes() -> dict[str, type]:
     from .image_processing_pil_deperceiver import DePerceiverImageProcessorPil
 
     return {"torchvision": DePerceiverImageProcessor, "pil": DePerceiverImageProcessorPil}
+
+
+def boxes_in_pixels(
+    pred_boxes: torch.Tensor, target_sizes: torch.Tensor | list[tuple[int, int]] | None
+) -> torch.Tensor:
+    """Boxes `(B, Q, 4)` as corners (x_min, y_min, x_max, y_max), float32, from (center_x, center_y, width, height) in
+    [0, 1]; in pixels if `target_sizes` gives the (height, width) of each image.
+
+    Raises:
+        ValueError: `target_sizes` does not hold one (height, width) per image.
+    """
+    centers, extents = pred_boxes.float().split(2, dim=-1)  # (B, Q, 2)
+    boxes = torch.cat([centers - extents / 2, centers + extents / 2], dim=-1)  # (B, Q, 4)
+    if target_sizes is None:
+        return boxes
+    if len(target_sizes) != len(boxes):
+        raise ValueError(
+            f"Got {len(target_sizes)} target sizes for {len(boxes)} images; expected one (height, width) per image of "
+            "the batch."
+        )
+    if not isinstance(target_sizes, torch.Tensor):  # tensors in a list too, such as those of `orig_size`
+        target_sizes = [size.tolist() if isinstance(size, torch.Tensor) else size for size in target_sizes]
+    sizes = torch.as_tensor(target_sizes, dtype=torch.float32, device=boxes.device)
+    if sizes.shape != (len(boxes), 2):
+        raise ValueError(
+            f"Expected target sizes of shape ({len(boxes)}, 2), a (height, width) per image, got {tuple(sizes.shape)}."
+        )
+    return boxes * sizes.flip(-1).repeat(1, 2)[:, None]  # (w, h, w, h) per image
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:

@@ -7,12 +7,16 @@ from transformers.image_processing_backends import PilBackend
 from .image_processing_deperceiver import DetectionProcessingMixin
 
 
-class DePerceiverImageProcessorPil(DetectionProcessingMixin, PilBackend):
-    """Image processor of DePerceiver on Pillow: the same arguments and results as `DePerceiverImageProcessor`."""
+class PilProcessingMixin(DetectionProcessingMixin):
+    """What the Pillow backend needs of a processor."""
 
     def process_image(self, image, **kwargs) -> np.ndarray:
         """One image as an array `(C, H, W)`, which is what this backend resizes."""
         return super().process_image(image, **kwargs).cpu().numpy()
+
+
+class DePerceiverImageProcessorPil(PilProcessingMixin, PilBackend):
+    """Image processor of DePerceiver on Pillow: the same arguments and results as `DePerceiverImageProcessor`."""
 
 
 __all__ = ["DePerceiverImageProcessorPil"]

@@ -69,12 +69,17 @@ class DePerceiverAttention(nn.Module):
         queries: torch.Tensor,
         key_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        values: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output `(B, Q, query_dim)` and, where the backend gives them, the weights `(B, heads, Q, K)`."""
+        """Return the output `(B, Q, query_dim)` and, where the backend gives them, the weights `(B, heads, Q, K)`.
+
+        With `values` `(B, K, key_value_dim)`, `key_values` are the keys only.
+        """
+        values = key_values if values is None else values
         query, key, value = (
             rearrange(states, "b n (heads d) -> b heads n d", heads=self.num_heads)
-            for states in (self.q_proj(queries), self.k_proj(key_values), self.v_proj(key_values))
+            for states in (self.q_proj(queries), self.k_proj(key_values), self.v_proj(values))
         )
         # Fused kernels never hold the weights, so asking for them takes the eager path.
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation

@@ -8,6 +8,7 @@ and images from one cost tensor and one copy to the host; matched predictions le
 Shapes: L decoder layers, B images, Q queries, C classes, T = most objects in an image, P matched pairs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -68,15 +69,15 @@ def center_to_corners(boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
 
 
-def generalized_box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
-    """Generalised IoU (Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630), in [-1, 1].
+def box_ious(boxes1: torch.Tensor, boxes2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU, in [0, 1], and generalised IoU (Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630), in [-1, 1].
 
     Args:
         boxes1, boxes2 (`torch.Tensor` of shapes that broadcast to `(..., 4)`): (left, top, right, bottom).
             With shapes `(..., Q, 1, 4)` and `(..., 1, T, 4)` all pairs are compared.
 
     Returns:
-        `torch.Tensor` of shape `(...)`.
+        Two `torch.Tensor` of shape `(...)`.
     """
     tiny = torch.finfo(boxes1.dtype).tiny  # two empty boxes at the same place: 0, not 0 / 0
     left1, top1, right1, bottom1 = boxes1.unbind(-1)
@@ -90,17 +91,33 @@ def generalized_box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Ten
     hull_width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
     hull_height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
     hull = hull_width * hull_height
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    iou = intersection / union.clamp(min=tiny)
+    return iou, iou - (hull - union) / hull.clamp(min=tiny)
+
+
+def generalized_box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
+    """The second of `box_ious`."""
+    return box_ious(boxes1, boxes2)[1]
+
+
+def softmax_class_cost(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """Cost of each class, minus its probability, for logits `(..., C + 1)`."""
+    return -logits.softmax(-1)
 
 
 def matching_cost(
-    logits: torch.Tensor, pred_boxes: torch.Tensor, targets: DetectionTargets, config: PreTrainedConfig
+    logits: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    targets: DetectionTargets,
+    config: PreTrainedConfig,
+    class_cost_function: Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor] = softmax_class_cost,
 ) -> torch.Tensor:
-    """Cost `(L, B, Q, T)` of giving an object to a prediction: `-p(class)`, L1 and `-GIoU` of the boxes, weighted by
-    `class_cost`, `bbox_cost` and `giou_cost`. An image's predictions are compared with its own objects only."""
+    """Cost `(L, B, Q, T)` of giving an object to a prediction: that of its class, L1 and `-GIoU` of the boxes,
+    weighted by `class_cost`, `bbox_cost` and `giou_cost`. An image's predictions are compared with its own objects
+    only."""
     num_layers, _, num_queries, _ = logits.shape
     classes = targets.class_labels[None, :, None].expand(num_layers, -1, num_queries, -1)
-    class_cost = -logits.softmax(-1).gather(-1, classes)
+    class_cost = class_cost_function(logits, config).gather(-1, classes)
     bbox_cost = torch.cdist(pred_boxes, targets.boxes.expand(num_layers, -1, -1, -1), p=1)
     giou_cost = -generalized_box_iou(
         center_to_corners(pred_boxes)[..., None, :], center_to_corners(targets.boxes)[:, None]
@@ -110,7 +127,13 @@ def matching_cost(
 
 @torch.no_grad()
 def hungarian_match(
-    logits: torch.Tensor, pred_boxes: torch.Tensor, targets: DetectionTargets, config: PreTrainedConfig
+    logits: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    targets: DetectionTargets,
+    config: PreTrainedConfig,
+    *,
+    num_classes: int | None = None,
+    class_cost_function: Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor] = softmax_class_cost,
 ) -> MatchedPairs:
     """Match predictions and objects one to one at the least total cost, in every layer and image by itself.
 
@@ -121,28 +144,31 @@ def hungarian_match(
         pred_boxes (`torch.Tensor` of shape `(L, B, Q, 4)`): (center x, center y, width, height) in [0, 1], float32.
         targets (`DetectionTargets`): Objects of the batch.
         config (`PreTrainedConfig`): Gives `class_cost`, `bbox_cost`, `giou_cost`.
+        num_classes (`int`, *optional*): How many of the logits are classes; by default all but the last.
+        class_cost_function: Cost of each class for given logits; by default minus the softmax.
 
     Raises:
         FloatingPointError: Predictions or target boxes are not finite; says which.
         ValueError: A class label is not one of the model's.
     """
     num_layers, batch_size, num_queries, num_outputs = logits.shape
+    num_classes = num_outputs - 1 if num_classes is None else num_classes
     class_labels = targets.class_labels
     problems = {
         "logits": ~logits.isfinite().all(),
         "pred_boxes": ~pred_boxes.isfinite().all(),
         "target boxes": ~targets.boxes.isfinite().all(),
-        "class_labels": ((class_labels < 0) | (class_labels > num_outputs - 2)).any(),
+        "class_labels": ((class_labels < 0) | (class_labels >= num_classes)).any(),
     }
-    labels_in_range = targets._replace(class_labels=class_labels.clamp(0, num_outputs - 2))
-    cost = matching_cost(logits, pred_boxes, labels_in_range, config)
+    labels_in_range = targets._replace(class_labels=class_labels.clamp(0, num_classes - 1))
+    cost = matching_cost(logits, pred_boxes, labels_in_range, config, class_cost_function)
     # One copy brings the costs and the verdicts on the inputs to the host.
     flags = torch.stack(list(problems.values())).to(cost.dtype)
     on_host = torch.cat((flags, cost.flatten())).cpu()
     found = [name for name, flag in zip(problems, on_host[: len(problems)].tolist(), strict=True) if flag]
     if "class_labels" in found:
         raise ValueError(
-            f"`class_labels` must be in [0, {num_outputs - 1}) for a model with {num_outputs - 1} classes. Use "
+            f"`class_labels` must be in [0, {num_classes}) for a model with {num_classes} classes. Use "
             f"contiguous labels, and a model whose `num_labels` is that of the dataset."
         )
     if found:

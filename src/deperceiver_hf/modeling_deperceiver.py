@@ -36,9 +36,10 @@ from .layers_deperceiver import (
 from .loss_deperceiver import set_prediction_loss
 from .tokens_deperceiver import (
     DePerceiverBackbone,
-    DePerceiverFrozenBatchNorm2d,
     DePerceiverInputAdapter,
     DePerceiverLearnedPositionEmbedding,
+    initialize_frozen_parts,
+    require_images,
 )
 
 
@@ -210,19 +211,9 @@ class DePerceiverPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in every model; then the frozen norms, which the backbone's own initialisation does not know.
-
-        Loading puts new parameters in the place of those that were frozen, and calls this afterwards.
-        """
+        """As in every model; then what is frozen in the backbone."""
         super().initialize_weights()
-        for module in self.modules():
-            if isinstance(module, DePerceiverBackbone):
-                module.freeze(self.config)
-            if isinstance(module, DePerceiverFrozenBatchNorm2d):
-                init.ones_(module.weight)
-                init.zeros_(module.bias)
-                init.zeros_(module.running_mean)
-                init.ones_(module.running_var)
+        initialize_frozen_parts(self)
 
 
 class DePerceiverEncoder(DePerceiverPreTrainedModel):
@@ -344,16 +335,7 @@ class DePerceiverModel(DePerceiverPreTrainedModel):
         >>> list(model(torch.rand(1, 3, 128, 160)).last_hidden_state.shape)
         [1, 100, 256]
         ```"""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"`pixel_values` must be (batch, {self.config.num_channels}, height, width), but is "
-                f"{tuple(pixel_values.shape)}."
-            )
-        if pixel_mask is not None and pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[2:]):
-            raise ValueError(
-                f"`pixel_mask` must be (batch, height, width) of `pixel_values` {tuple(pixel_values.shape)}, but is "
-                f"{tuple(pixel_mask.shape)}."
-            )
+        require_images(pixel_values, pixel_mask, self.config.num_channels)
         tokens, token_mask = self.input_adapter(self.backbone(pixel_values, pixel_mask))
         encoded = self.encoder(tokens, token_mask, **kwargs)
         latents = encoded.last_hidden_state

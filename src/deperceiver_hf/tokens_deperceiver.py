@@ -14,8 +14,22 @@ from einops import rearrange
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoBackbone
+from transformers import initialization as init
 
-from .configuration_deperceiver import LEVEL_EMBEDDING_DIM, DePerceiverConfig
+from .configuration_deperceiver import LEVEL_EMBEDDING_DIM, DePerceiverBackboneConfig, DePerceiverConfig
+
+
+def require_images(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, num_channels: int) -> None:
+    """Refuse images that are not `(B, num_channels, H, W)`, or a mask that is not `(B, H, W)`, with a `ValueError`."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"`pixel_values` must be (batch, {num_channels}, height, width), but is {tuple(pixel_values.shape)}."
+        )
+    if pixel_mask is not None and pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[2:]):
+        raise ValueError(
+            f"`pixel_mask` must be (batch, height, width) of `pixel_values` {tuple(pixel_values.shape)}, but is "
+            f"{tuple(pixel_mask.shape)}."
+        )
 
 
 class DePerceiverFrozenBatchNorm2d(nn.Module):
@@ -122,7 +136,7 @@ class DePerceiverBackbone(nn.Module):
         ValueError: A map has not the stride that the config says.
     """
 
-    def __init__(self, config: DePerceiverConfig):
+    def __init__(self, config: DePerceiverBackboneConfig):
         super().__init__()
         self.model = AutoBackbone.from_config(config.backbone_config)
         self.channels: list[int] = self.model.channels
@@ -132,7 +146,7 @@ class DePerceiverBackbone(nn.Module):
             freeze_batch_norms(self.model)
         self.freeze(config)
 
-    def freeze(self, config: DePerceiverConfig) -> None:
+    def freeze(self, config: DePerceiverBackboneConfig) -> None:
         """Exclude from training what `frozen_backbone_stages` and `freeze_backbone` say."""
         seen_stages = False
         for name, parameter in self.model.named_parameters():
@@ -181,6 +195,19 @@ class DePerceiverBackbone(nn.Module):
                         f"the backbone turns {pixels} pixels into {cells} cells, which is not the stride of {stride} "
                         f"in `feature_strides`: make `backbone_config` return the feature maps of these strides."
                     )
+
+
+def initialize_frozen_parts(model: nn.Module) -> None:
+    """Initialise the frozen norms of a new model, which the backbone's own initialisation does not know, and freeze
+    its backbone again: loading puts new parameters in the place of those that were frozen."""
+    for module in model.modules():
+        if isinstance(module, DePerceiverBackbone):
+            module.freeze(model.config)
+        if isinstance(module, DePerceiverFrozenBatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
 
 
 class DePerceiverSinePositionEmbedding(nn.Module):

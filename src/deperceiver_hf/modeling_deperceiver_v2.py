@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DePerceiver v2: a Perceiver whose latents are the objects.
+
+    image -> backbone -> tokens of several strides
+          -> the most promising tokens become object latents, each with a box; learned context latents join them
+          -> blocks: latents attend to each other, read all tokens (each head near the box), refine their boxes
+
+The first architecture reads the objects out of anonymous latents at the end, once; positions of small objects do not
+survive that. Here each latent is an object from the start and reads the high-resolution tokens again in every block.
+
+Shapes: B images, N tokens, Q object latents, K context latents, P denoising queries, C classes, D channels, L blocks.
+Everything that depends on N costs O(N), whatever Q and K are; nothing costs N^2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_deperceiver_v2 import DePerceiverV2Config
+from .denoising_deperceiver_v2 import DenoisingQueries, make_denoising_queries
+from .layers_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
+from .layers_deperceiver_v2 import (
+    DePerceiverV2Block,
+    DePerceiverV2BoxPosition,
+    DePerceiverV2CrossAttention,
+    DePerceiverV2KeyValues,
+    DePerceiverV2PositionBias,
+)
+from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
+from .tokens_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
+from .tokens_deperceiver_v2 import (
+    DePerceiverV2InputAdapter,
+    DePerceiverV2LearnedQueries,
+    DePerceiverV2TokenSelector,
+    inverse_sigmoid,
+    locate_tokens,
+)
+
+PRIOR_LOGIT = -4.6  # of a probability of 0.01, which a new model gives to every class (Lin et al. 2017, section 4.1)
+NO_OBJECT_LOGIT = -1e4  # of a latent that an image of few tokens has no token for; within the range of float16
+
+
+@auto_docstring(custom_intro="Output of [`DePerceiverV2Model`].")
+@dataclass
+class DePerceiverV2ModelOutput(ModelOutput):
+    r"""
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
+        Object latents after the last block.
+    intermediate_hidden_states (`torch.Tensor` of shape `(layers, batch_size, num_queries, d_model)`):
+        Object latents after every block.
+    intermediate_boxes (`torch.Tensor` of shape `(layers, batch_size, num_queries, 4)`):
+        Boxes after every block, (center x, center y, width, height) in [0, 1] of the un-padded image.
+    context_last_hidden_state (`torch.Tensor` of shape `(batch_size, num_context_latents, d_model)`):
+        Context latents after the last block.
+    selection_logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`, *optional*):
+        Class logits of the tokens that the object latents were made from.
+    selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
+        Boxes of the object latents before the first block.
+    query_mask (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
+        `False` where a padded image has fewer tokens than the batch has object latents.
+    denoising_hidden_states (`torch.Tensor` of shape `(layers, batch_size, num_denoising, d_model)`, *optional*):
+        Denoising queries after every block.
+    denoising_boxes (`torch.Tensor` of shape `(layers, batch_size, num_denoising, 4)`, *optional*):
+        Their boxes.
+    hidden_states (`tuple(torch.Tensor)`, *optional*):
+        All latents before the first and after every block: denoising queries (in training), object latents, context
+        latents.
+    attentions (`tuple(torch.Tensor)`, *optional*):
+        Weights of the self-attention among the latents, per block `(batch_size, num_attention_heads, num_latents,
+        num_latents)`.
+    cross_attentions (`tuple(torch.Tensor)`, *optional*):
+        Weights with which the latents read the tokens, per block `(batch_size, num_attention_heads, num_latents,
+        num_tokens)`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    intermediate_boxes: torch.Tensor | None = None
+    context_last_hidden_state: torch.Tensor | None = None
+    selection_logits: torch.Tensor | None = None
+    selection_boxes: torch.Tensor | None = None
+    query_mask: torch.Tensor | None = None
+    denoising_hidden_states: torch.Tensor | None = None
+    denoising_boxes: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@auto_docstring(custom_intro="Output of [`DePerceiverV2ForObjectDetection`].")
+@dataclass
+class DePerceiverV2ObjectDetectionOutput(ModelOutput):
+    r"""
+    loss (`torch.Tensor` of shape `()`, *optional*, returned when `labels` are given):
+        Weighted sum of the terms of `loss_dict`.
+    loss_dict (`dict[str, torch.Tensor]`, *optional*, returned when `labels` are given):
+        Unweighted terms `loss_class`, `loss_bbox`, `loss_giou` of the last block, the same with `_0`, `_1`, ... for
+        the earlier ones, with `_selection` for the selected tokens and `_denoising` for the denoising queries; and
+        for logging `class_error` (percent).
+    logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`):
+        Class logits, each for a sigmoid.
+    pred_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
+        Boxes as (center x, center y, width, height) in [0, 1] of the un-padded image.
+    auxiliary_outputs (`list[dict[str, torch.Tensor]]`, *optional*, returned when `labels` are given):
+        `logits` and `pred_boxes` of every block but the last.
+    last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
+        Object latents after the last block.
+    intermediate_hidden_states (`torch.Tensor` of shape `(layers, batch_size, num_queries, d_model)`):
+        Object latents after every block.
+    intermediate_boxes (`torch.Tensor` of shape `(layers, batch_size, num_queries, 4)`):
+        Boxes after every block.
+    context_last_hidden_state (`torch.Tensor` of shape `(batch_size, num_context_latents, d_model)`):
+        Context latents after the last block.
+    selection_logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`, *optional*):
+        Class logits of the tokens that the object latents were made from.
+    selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
+        Boxes of the object latents before the first block.
+    query_mask (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
+        `False` where a padded image has fewer tokens than the batch has object latents.
+    hidden_states (`tuple(torch.Tensor)`, *optional*):
+        All latents before the first and after every block.
+    attentions (`tuple(torch.Tensor)`, *optional*):
+        Weights of the self-attention among the latents.
+    cross_attentions (`tuple(torch.Tensor)`, *optional*):
+        Weights with which the latents read the tokens.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
+    auxiliary_outputs: list[dict[str, torch.Tensor]] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    intermediate_hidden_states: torch.Tensor | None = None
+    intermediate_boxes: torch.Tensor | None = None
+    context_last_hidden_state: torch.Tensor | None = None
+    selection_logits: torch.Tensor | None = None
+    selection_boxes: torch.Tensor | None = None
+    query_mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@auto_docstring
+class DePerceiverV2PreTrainedModel(PreTrainedModel):
+    config: DePerceiverV2Config
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = [  # noqa: RUF012
+        "DePerceiverBackbone",
+        "DePerceiverV2InputAdapter",
+        "DePerceiverV2TokenSelector",
+        "DePerceiverV2Block",
+    ]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier-uniform linear maps; a new model moves no box, believes in no class and looks at the boxes."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.init_std)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, DePerceiverBoxPredictor):
+            init.zeros_(module.layers[-1].weight)
+        elif isinstance(module, DePerceiverV2PositionBias):
+            init.zeros_(module.predictor.weight)
+            init.copy_(module.predictor.bias, module.first_bias())
+        elif isinstance(module, DePerceiverV2LearnedQueries):
+            init.uniform_(module.boxes.weight, -2.0, 2.0)
+            init.normal_(module.content.weight)
+        elif isinstance(module, DePerceiverV2TokenSelector):
+            init.constant_(module.class_labels_classifier.bias, PRIOR_LOGIT)
+        elif isinstance(module, DePerceiverV2ForObjectDetection):
+            for classifier in module.class_labels_classifiers:
+                init.constant_(classifier.bias, PRIOR_LOGIT)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in every model; then what is frozen in the backbone."""
+        super().initialize_weights()
+        initialize_frozen_parts(self)
+
+
+@auto_docstring(custom_intro="DePerceiver v2 without class heads: from pixels to object latents and their boxes.")
+class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": DePerceiverV2Block,
+        "attentions": OutputRecorder(DePerceiverAttention, index=1, layer_name="self_attention"),
+        "cross_attentions": OutputRecorder(DePerceiverV2CrossAttention, index=1, layer_name="cross_attention"),
+    }
+
+    def __init__(self, config: DePerceiverV2Config):
+        super().__init__(config)
+        config.check_architecture()
+        self.backbone = DePerceiverBackbone(config)
+        self.input_adapter = DePerceiverV2InputAdapter(config, self.backbone.channels)
+        self.queries = (
+            DePerceiverV2TokenSelector(config) if config.query_selection else DePerceiverV2LearnedQueries(config)
+        )
+        self.context_latents = None
+        if config.num_context_latents:
+            self.context_latents = nn.Embedding(config.num_context_latents, config.d_model)
+            self.context_positions = nn.Embedding(config.num_context_latents, config.d_model)
+        self.denoising_classes = None
+        if config.num_denoising_queries:
+            self.denoising_classes = nn.Embedding(config.num_labels, config.d_model)
+        self.key_values = DePerceiverV2KeyValues(config) if config.share_key_values else None
+        self.box_position = DePerceiverV2BoxPosition(config)
+        self.layers = nn.ModuleList(DePerceiverV2Block(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.bbox_predictors = nn.ModuleList(
+            DePerceiverBoxPredictor(config.d_model) for _ in range(config.decoder_layers)
+        )
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        denoising: DenoisingQueries | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor] | DePerceiverV2ModelOutput:
+        r"""
+        denoising (`DenoisingQueries`, *optional*):
+            Noised objects to restore beside the object latents, which do not see them. Training only.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from deperceiver_hf import DePerceiverV2Config, DePerceiverV2Model
+
+        >>> model = DePerceiverV2Model(DePerceiverV2Config.from_preset("nano")).eval()
+        >>> list(model(torch.rand(1, 3, 128, 160)).last_hidden_state.shape)
+        [1, 60, 96]
+        ```"""
+        require_images(pixel_values, pixel_mask, self.config.num_channels)
+        feature_maps = self.backbone(pixel_values, pixel_mask)
+        geometry = locate_tokens(feature_maps, self.backbone.strides, pixel_values.shape[-2:], pixel_mask)
+        tokens, token_positions = self.input_adapter(feature_maps, geometry)
+        selected = self.queries(tokens, geometry)
+
+        latents, boxes, self_attention_mask = self._first_latents(selected.content, selected.boxes.detach(), denoising)
+        if selected.mask is not None:
+            keys = self._visible_latents(selected.mask, denoising)
+            self_attention_mask = keys if self_attention_mask is None else self_attention_mask & keys
+        key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, geometry)
+        num_boxes = boxes.shape[1]
+        hidden_states, pred_boxes = [], []
+        for layer, bbox_predictor in zip(self.layers, self.bbox_predictors, strict=True):
+            positions = self._positions(boxes, latents.dtype)
+            latents = layer(
+                latents,
+                positions,
+                boxes,
+                tokens,
+                token_positions,
+                geometry,
+                key,
+                value,
+                self_attention_mask,
+                **kwargs,
+            )
+            states = self.norm(latents[:, :num_boxes])
+            refined = (bbox_predictor(states).float() + inverse_sigmoid(boxes)).sigmoid()
+            hidden_states.append(states)
+            pred_boxes.append(refined)
+            if self.config.box_refinement:
+                boxes = refined.detach()
+
+        num_denoising = 0 if denoising is None else denoising.mask.shape[1]
+        num_objects = num_boxes - num_denoising
+        denoised_states, states = torch.stack(hidden_states).split((num_denoising, num_objects), dim=2)
+        denoised_boxes, object_boxes = torch.stack(pred_boxes).split((num_denoising, num_objects), dim=2)
+        return DePerceiverV2ModelOutput(
+            last_hidden_state=states[-1],
+            intermediate_hidden_states=states,
+            intermediate_boxes=object_boxes,
+            context_last_hidden_state=self.norm(latents[:, num_boxes:]),
+            selection_logits=selected.logits,
+            selection_boxes=selected.boxes,
+            query_mask=selected.mask,
+            denoising_hidden_states=denoised_states if num_denoising else None,
+            denoising_boxes=denoised_boxes if num_denoising else None,
+        )
+
+    def _first_latents(
+        self, content: torch.Tensor, boxes: torch.Tensor, denoising: DenoisingQueries | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Denoising queries, object latents `(B, Q, D)` and context latents, in this order; the boxes of the first
+        two; and which latents see which, if not all do."""
+        parts, mask = [content], None
+        if self.context_latents is not None:
+            context = self.context_latents.weight.to(content.dtype)
+            parts.append(context.expand(content.shape[0], -1, -1))
+        if denoising is not None:
+            parts.insert(0, self.denoising_classes(denoising.class_labels).to(content.dtype))
+            boxes = torch.cat((denoising.boxes, boxes), dim=1)
+            mask = denoising.may_attend(sum(part.shape[1] for part in parts[1:]))
+            mask = mask & self._visible_latents(mask.new_ones(content.shape[:2]), denoising)
+        return torch.cat(parts, dim=1), boxes, mask
+
+    def _visible_latents(self, query_mask: torch.Tensor, denoising: DenoisingQueries | None) -> torch.Tensor:
+        """Mask of all latents as keys `(B, 1, 1, M)` from that of the object latents `(B, Q)`."""
+        parts = [query_mask, query_mask.new_ones(len(query_mask), self.config.num_context_latents)]
+        if denoising is not None:
+            parts.insert(0, denoising.mask)
+        return torch.cat(parts, dim=1)[:, None, None]
+
+    def _positions(self, boxes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Positions `(B, M, D)` of latents with boxes `(B, Q, 4)`, then of the context latents."""
+        positions = self.box_position(boxes, dtype)
+        if self.context_latents is None:
+            return positions
+        context = self.context_positions.weight.to(positions.dtype).expand(len(boxes), -1, -1)
+        return torch.cat((positions, context), dim=1)
+
+
+@auto_docstring(custom_intro="DePerceiver v2 with a class head on every object latent.")
+class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
+    def __init__(self, config: DePerceiverV2Config):
+        super().__init__(config)
+        self.model = DePerceiverV2Model(config)
+        self.class_labels_classifiers = nn.ModuleList(
+            nn.Linear(config.d_model, config.num_labels) for _ in range(config.decoder_layers)
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor] | DePerceiverV2ObjectDetectionOutput:
+        r"""
+        labels (`list[dict[str, torch.Tensor]]`, *optional*):
+            Objects of every image: `class_labels` `(num_objects,)` in [0, num_labels), and `boxes`
+            `(num_objects, 4)` as (center x, center y, width, height) in [0, 1] of the un-padded image.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor
+        >>> from deperceiver_hf import DePerceiverV2ForObjectDetection
+
+        >>> processor = AutoImageProcessor.from_pretrained("path/to/model")
+        >>> model = DePerceiverV2ForObjectDetection.from_pretrained("path/to/model").eval()
+        >>> image = Image.open("photo.jpg")
+        >>> with torch.inference_mode():
+        ...     outputs = model(**processor(image, return_tensors="pt"))
+        >>> detections = processor.post_process_object_detection(outputs, 0.5, target_sizes=[image.size[::-1]])[0]
+        ```"""
+        targets = denoising = None
+        if labels is not None:
+            targets = prepare_targets(labels, len(pixel_values), pixel_values.device)
+            if self.training and self.config.num_denoising_queries:
+                denoising = make_denoising_queries(targets, self.config)
+        outputs = self.model(pixel_values, pixel_mask, denoising, **kwargs)
+        logits = self._classify(outputs.intermediate_hidden_states, outputs.query_mask)  # (L, B, Q, C)
+        pred_boxes = outputs.intermediate_boxes
+
+        loss = loss_dict = auxiliary_outputs = None
+        if targets is not None:
+            selection = denoised = None
+            if outputs.selection_logits is not None:
+                selection_logits = _hide(outputs.selection_logits, outputs.query_mask)
+                selection = Predictions(selection_logits[None], outputs.selection_boxes[None])
+            if denoising is not None:
+                denoised = Predictions(self._classify(outputs.denoising_hidden_states), outputs.denoising_boxes)
+            loss, loss_dict = detection_loss(
+                selection,
+                Predictions(logits, pred_boxes),
+                outputs.query_mask,
+                denoised,
+                denoising,
+                targets,
+                self.config,
+            )
+            auxiliary_outputs = [
+                {"logits": block_logits, "pred_boxes": block_boxes}
+                for block_logits, block_boxes in zip(logits[:-1], pred_boxes[:-1], strict=True)
+            ]
+        shown = {name: outputs[name] for name in outputs if not name.startswith("denoising_")}
+        return DePerceiverV2ObjectDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits[-1],
+            pred_boxes=pred_boxes[-1],
+            auxiliary_outputs=auxiliary_outputs,
+            **shown,
+        )
+
+    def _classify(self, hidden_states: torch.Tensor, query_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `(L, B, Q, C)` of the states `(L, B, Q, D)` of every block."""
+        logits = [
+            classifier(states) for classifier, states in zip(self.class_labels_classifiers, hidden_states, strict=True)
+        ]
+        return _hide(torch.stack(logits), query_mask)
+
+
+def _hide(logits: torch.Tensor, query_mask: torch.Tensor | None) -> torch.Tensor:
+    """Logits `(..., B, Q, C)` that say of latents `(B, Q)` which are none that they are nothing."""
+    return logits if query_mask is None else logits.masked_fill(~query_mask[..., None], NO_OBJECT_LOGIT)
+
+
+# `pipeline("object-detection")` logs an error for any class name that is not in these tables. They are entered here
+# and not in the package, so that a model loaded by `trust_remote_code` is known, too.
+MODEL_MAPPING_NAMES[DePerceiverV2Config.model_type] = DePerceiverV2Model.__name__
+MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES[DePerceiverV2Config.model_type] = DePerceiverV2ForObjectDetection.__name__
+
+__all__ = ["DePerceiverV2ForObjectDetection", "DePerceiverV2Model", "DePerceiverV2PreTrainedModel"]
