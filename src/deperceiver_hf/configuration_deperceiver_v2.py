@@ -63,6 +63,9 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Number of object latents: the most objects that can be found in an image.
     num_context_latents (`int`, *optional*, defaults to 16):
         Number of latents without a box, which read the whole image and which the object latents attend to.
+    context_write_back (`bool`, *optional*, defaults to `False`):
+        Let the context latents read the tokens, and the tokens the context latents, before the object latents are
+        picked.
     decoder_layers (`int`, *optional*, defaults to 6):
         Number of blocks, each a self-attention among the latents, a reading of the tokens and an MLP.
     widening_factor (`int`, *optional*, defaults to 4):
@@ -73,8 +76,13 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Dropout on the attention weights, in [0, 1).
     query_selection (`bool`, *optional*, defaults to `True`):
         Pick the object latents and their first boxes from the tokens of the image; `False` learns both.
+    selection_matches (`int`, *optional*, defaults to 1):
+        How many of the selected tokens are to become the same object in the loss of the selection. The blocks, which
+        see each other, then leave it to one of them.
     position_bias (`bool`, *optional*, defaults to `True`):
         Let each head of an object latent look around a place of its own near the box.
+    read_offsets (`bool`, *optional*, defaults to `True`):
+        Tell each object latent where, relative to its box, each head has read.
     box_refinement (`bool`, *optional*, defaults to `True`):
         Each block predicts its boxes relative to those of the block before; `False`: relative to the first boxes.
     share_key_values (`bool`, *optional*, defaults to `False`):
@@ -145,12 +153,15 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     num_attention_heads: int = 8
     num_queries: int = 300
     num_context_latents: int = 16
+    context_write_back: bool = False
     decoder_layers: int = 6
     widening_factor: int = 4
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     query_selection: bool = True
+    selection_matches: int = 1
     position_bias: bool = True
+    read_offsets: bool = True
     box_refinement: bool = True
     share_key_values: bool = False
     num_denoising_queries: int = 100
@@ -193,7 +204,15 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
 
     def check_architecture(self) -> None:
         super().check_architecture()
-        self.require_at_least(1, "d_model", "num_attention_heads", "num_queries", "decoder_layers", "widening_factor")
+        self.require_at_least(
+            1,
+            "d_model",
+            "num_attention_heads",
+            "num_queries",
+            "decoder_layers",
+            "widening_factor",
+            "selection_matches",
+        )
         self.require_at_least(
             0,
             *("num_context_latents", "num_denoising_queries", "box_noise_scale", "focal_gamma", "mal_gamma"),
@@ -201,6 +220,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
             *("class_loss_coefficient", "bbox_loss_coefficient", "giou_loss_coefficient"),
         )
         self.require_dropouts("dropout", "attention_dropout")
+        if self.context_write_back and not self.num_context_latents:
+            raise ValueError("`context_write_back=True` needs `num_context_latents` of at least 1.")
         self.require_matching_costs()
         for name in ("label_noise_ratio", "focal_alpha"):
             if not 0 <= getattr(self, name) <= 1:

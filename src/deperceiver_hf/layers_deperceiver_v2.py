@@ -24,6 +24,11 @@ from .tokens_deperceiver_v2 import TokenGeometry
 HIDDEN_TOKEN = -1e4  # added to the attention logits of padding; within the range of float16
 SQUARE_SCALE = 64.0  # squares of grid positions are divided by it, to stay within the range of float16
 MIN_SIGMA = 0.004  # of the image's side
+FIRST_RADIUS, FIRST_SIGMA = 0.7, 0.6  # of where the heads look in a new model, in half sides of the box
+WAVELENGTHS = (64.0, 1024.0)  # of the waves that tell where a head has read, in halves of a finest cell
+LARGEST_FINE_BOX = 12.0  # half side up to which the shorter wave is unambiguous, in the same unit
+LARGEST_OFFSET = 4.0  # beyond it, in half sides, it is only known that a head has read far away
+MIN_GRID_SIGMA = 0.125  # in units of the grid: far less than tokens are apart, and within the range of float16
 
 
 class PositionSplits(NamedTuple):
@@ -115,25 +120,33 @@ def key_features(geometry: TokenGeometry, num_levels: int, dtype: torch.dtype) -
     return torch.cat((torch.stack([*features, hidden], dim=-1), levels.expand(*hidden.shape, -1)), dim=-1)
 
 
+class DePerceiverV2Float32Linear(nn.Linear):
+    """A linear map that is computed in float32, whatever the precision of its weights and around it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
 class DePerceiverV2PositionBias(nn.Module):
     """Predicts from each object latent where its heads look (relatives: SMCA, Gao et al. 2021,
     https://arxiv.org/abs/2101.07448; Conditional DETR, Meng et al. 2021, https://arxiv.org/abs/2108.06152).
 
-    At first the odd heads look at the centre of the box, the even ones at points of a circle around it.
+    At first the heads look at points of a circle around the centre of the box.
     """
 
     def __init__(self, config: DePerceiverV2Config):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_levels = config.num_feature_levels
-        self.predictor = nn.Linear(config.d_model, self.num_heads * (4 + self.num_levels))
+        self.predictor = DePerceiverV2Float32Linear(config.d_model, self.num_heads * (4 + self.num_levels))
 
     def first_bias(self) -> torch.Tensor:
         """Bias `(H (4 + L),)` of the predictor of a new model, whose weight is zero."""
         first = torch.zeros(self.num_heads, 4 + self.num_levels)
-        angles = torch.arange(0, self.num_heads, 2) * (2 * math.pi / self.num_heads)
-        first[::2, 0], first[::2, 1] = 0.5 * angles.cos(), 0.5 * angles.sin()
-        first[:, 2:4] = 0.3
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        first[:, 0], first[:, 1] = FIRST_RADIUS * angles.cos(), FIRST_RADIUS * angles.sin()
+        first[:, 2:4] = math.log(FIRST_SIGMA)
         return first.flatten()
 
     def forward(self, latents: torch.Tensor, boxes: torch.Tensor, geometry: TokenGeometry) -> PositionBias:
@@ -144,20 +157,55 @@ class DePerceiverV2PositionBias(nn.Module):
             geometry (`TokenGeometry`): Unit of the result.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            predicted = nn.functional.linear(
-                latents.float(), self.predictor.weight.float(), self.predictor.bias.float()
-            )
-            predicted = rearrange(predicted, "b q (h f) -> b h q f", h=self.num_heads)
+            predicted = rearrange(self.predictor(latents), "b q (h f) -> b h q f", h=self.num_heads)
             offset, log_scale, levels = predicted.split((2, 2, self.num_levels), dim=-1)
             center, half_side = boxes[:, None, :, :2], boxes[:, None, :, 2:] / 2
             sigmas = half_side * log_scale.clamp(-4, 4).exp() + MIN_SIGMA
             size, origin = geometry.grid_size[:, None, None], geometry.grid_origin[:, None, None]
-            return PositionBias((center + offset * half_side) * size - origin, sigmas * size, levels)
+            sigmas = (sigmas * size).clamp(min=MIN_GRID_SIGMA)
+            return PositionBias((center + offset * half_side) * size - origin, sigmas, levels)
+
+
+def wave_features(geometry: TokenGeometry, dtype: torch.dtype) -> torch.Tensor:
+    """Features `(B or 1, N, 8)` of the tokens: cosines and sines of their grid positions, for each wave x and y."""
+    waves = torch.tensor(WAVELENGTHS, device=geometry.grid.device)
+    phases = (geometry.grid[..., None, :] * (2 * math.pi / waves[:, None])).flatten(-2)  # (B, N, 4)
+    return torch.cat((phases.cos(), phases.sin()), dim=-1).to(dtype)
+
+
+def read_offsets(waves: torch.Tensor, boxes: torch.Tensor, geometry: TokenGeometry) -> torch.Tensor:
+    """Where the heads have read, from the center of the box, in half sides.
+
+    The mean of a wave over what was read, turned back by its phase at the center of the box, tells the mean distance
+    from there. Unlike a mean of positions it survives the rounding of half precision wherever in the image the box is.
+
+    Args:
+        waves (`torch.Tensor` of shape `(B, Q, H, 8)`): Means of `wave_features`.
+        boxes (`torch.Tensor` of shape `(B, Q, 4)`): In [0, 1] of the un-padded image.
+        geometry (`TokenGeometry`): Of the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, Q, H, 2)`, float32: x and y, at most [`LARGEST_OFFSET`].
+    """
+    size, origin = geometry.grid_size[:, None, None], geometry.grid_origin[:, None, None]
+    center = boxes[:, :, None, None, :2] * size[..., None, :] - origin[..., None, :]  # (B, Q, 1, 1, 2)
+    half_side = (boxes[:, :, None, 2:] / 2 * size).clamp(min=0.5)  # (B, Q, 1, 2), at least half the unit
+    frequency = 2 * math.pi / torch.tensor(WAVELENGTHS, device=boxes.device)[:, None]  # (2, 1)
+    phase = center * frequency  # (B, Q, 1, 2, 2)
+    cosines, sines = waves.float().unflatten(-1, (2, 2, 2)).unbind(-3)  # (B, Q, H, 2 waves, 2 axes)
+    distance = (sines * phase.cos() - cosines * phase.sin()) / frequency
+    fine, coarse = distance.unbind(-2)
+    offset = torch.where(half_side <= LARGEST_FINE_BOX, fine, coarse) / half_side
+    return offset.clamp(-LARGEST_OFFSET, LARGEST_OFFSET)
 
 
 class DePerceiverV2CrossAttention(nn.Module):
-    """Latents read the tokens. The positional bias rides in extra channels of queries and keys, so that any plain
-    attention kernel computes it, and nothing of size M x N is stored beside what the kernel does."""
+    """Latents read the tokens.
+
+    The positional bias rides in extra channels of queries and keys, so that any plain attention kernel computes it,
+    and nothing of size M x N is stored beside what the kernel does. Extra channels of the values bring back where each
+    head has read, which the content of the values does not say.
+    """
 
     def __init__(self, config: DePerceiverV2Config):
         super().__init__()
@@ -168,6 +216,7 @@ class DePerceiverV2CrossAttention(nn.Module):
         self.is_causal = False
         self.q_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
+        self.offset_proj = nn.Linear(2 * self.num_heads, dim, bias=False) if config.read_offsets else None
         self.position_bias = DePerceiverV2PositionBias(config) if config.position_bias else None
 
     def forward(
@@ -185,8 +234,8 @@ class DePerceiverV2CrossAttention(nn.Module):
             latents (`torch.Tensor` of shape `(B, M, D)`): Object latents, then context latents.
             positions (`torch.Tensor` of shape `(B, M, D)`): Added to them.
             boxes (`torch.Tensor` of shape `(B, Q, 4)`): Of the object latents.
-            key, value (`torch.Tensor` of shapes `(B, H, N, D / H + F)` and `(B, H, N, D / H)`): Of the tokens, from
-                [`DePerceiverV2KeyValues`].
+            key, value (`torch.Tensor` of shapes `(B, H, N, D / H + F)` and `(B, H, N, D / H (+ 8))`): Of the tokens,
+                from [`DePerceiverV2KeyValues`].
             geometry (`TokenGeometry`): Of the tokens.
 
         Returns:
@@ -199,8 +248,8 @@ class DePerceiverV2CrossAttention(nn.Module):
         # Whoever has no place of its own sees everything but the padding.
         features = query.new_zeros(*query.shape[:-1], num_features)
         features[..., -1 - self.config.num_feature_levels] = 1
+        num_objects = boxes.shape[1]
         if self.position_bias is not None:
-            num_objects = boxes.shape[1]
             bias = self.position_bias(latents[:, :num_objects], boxes, geometry)
             features = torch.cat((bias.query_features(key.dtype), features[:, :, num_objects:]), dim=2)
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
@@ -215,35 +264,52 @@ class DePerceiverV2CrossAttention(nn.Module):
             scaling=1.0,
             **kwargs,
         )
-        return self.o_proj(rearrange(output, "b m h d -> b m (h d)")), weights
+        channels = query.shape[-1]
+        read = self.o_proj(rearrange(output[..., :channels], "b m h d -> b m (h d)"))
+        if self.offset_proj is not None:
+            offsets = read_offsets(output[:, :num_objects, :, channels:], boxes, geometry).flatten(2).to(read.dtype)
+            moved = self.offset_proj(offsets)
+            read = torch.cat((read[:, :num_objects] + moved, read[:, num_objects:]), dim=1)
+        return read, weights
 
 
 class DePerceiverV2KeyValues(nn.Module):
-    """Keys and values of the tokens, by head; the keys with the tokens' position features behind."""
+    """Keys and values of the tokens, by head, with features of the tokens' positions behind."""
 
     def __init__(self, config: DePerceiverV2Config):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_levels = config.num_feature_levels
+        self.read_offsets = config.read_offsets
         self.k_proj = nn.Linear(config.d_model, config.d_model)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, geometry: TokenGeometry
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `(B, H, N, D / H + F)` and values `(B, H, N, D / H)` of tokens `(B, N, D)`."""
+        """Keys `(B, H, N, D / H + F)` and values `(B, H, N, D / H (+ 8))` of tokens `(B, N, D)`."""
         key, value = (
             rearrange(states, "b n (h d) -> b h n d", h=self.num_heads)
             for states in (self.k_proj(tokens + positions), self.v_proj(tokens))
         )
-        features = key_features(geometry, self.num_levels, key.dtype)[:, None]
-        return torch.cat((key, features.expand(*key.shape[:3], -1)), dim=-1), value
+        key = _append(key, key_features(geometry, self.num_levels, key.dtype))
+        return key, _append(value, wave_features(geometry, value.dtype)) if self.read_offsets else value
+
+
+def _append(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """States `(B, H, N, D)` of all heads with the same features `(B or 1, N, F)` behind."""
+    return torch.cat((states, features[:, None].expand(*states.shape[:3], -1)), dim=-1)
 
 
 class DePerceiverV2Block(GradientCheckpointingLayer):
-    """Pre-norm self-attention among the latents, reading of the tokens, MLP."""
+    """Pre-norm self-attention among the latents, reading of the tokens, MLP.
 
-    def __init__(self, config: DePerceiverV2Config):
+    Args:
+        config (`DePerceiverV2Config`): Sizes.
+        own_key_values (`bool`): Compute keys and values of the tokens here; otherwise they are given.
+    """
+
+    def __init__(self, config: DePerceiverV2Config, own_key_values: bool = True):
         super().__init__()
         dim = config.d_model
         self.self_attention_norm = nn.LayerNorm(dim)
@@ -251,7 +317,7 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
             config, dim, dim, config.num_attention_heads, config.attention_dropout
         )
         self.cross_attention_norm = nn.LayerNorm(dim)
-        self.key_values = None if config.share_key_values else DePerceiverV2KeyValues(config)
+        self.key_values = DePerceiverV2KeyValues(config) if own_key_values else None
         self.cross_attention = DePerceiverV2CrossAttention(config)
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = DePerceiverMLP(dim, config.widening_factor)
@@ -294,6 +360,36 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         )
         latents = latents + self.dropout(read)
         return latents + self.dropout(self.mlp(self.mlp_norm(latents)))
+
+
+class DePerceiverV2WriteBack(nn.Module):
+    """Context latents read the tokens, and the tokens read them back: what is far away reaches every token, the
+    selection included, at a cost linear in both."""
+
+    def __init__(self, config: DePerceiverV2Config):
+        super().__init__()
+        dim = config.d_model
+        self.block = DePerceiverV2Block(config)
+        self.query_norm = nn.LayerNorm(dim)
+        self.key_value_norm = nn.LayerNorm(dim)
+        self.attention = DePerceiverAttention(config, dim, dim, config.num_attention_heads, config.attention_dropout)
+
+    def forward(
+        self,
+        context: torch.Tensor,
+        context_positions: torch.Tensor,
+        tokens: torch.Tensor,
+        token_positions: torch.Tensor,
+        geometry: TokenGeometry,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context latents `(B, K, D)` and tokens `(B, N, D)` that have read each other."""
+        no_boxes = context.new_zeros(context.shape[0], 0, 4, dtype=torch.float32)
+        context = self.block(
+            context, context_positions, no_boxes, tokens, token_positions, geometry, None, None, None, **kwargs
+        )
+        read, _ = self.attention(self.query_norm(tokens) + token_positions, self.key_value_norm(context), **kwargs)
+        return context, tokens + read
 
 
 class DePerceiverV2BoxPosition(nn.Module):

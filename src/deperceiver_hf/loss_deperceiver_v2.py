@@ -113,24 +113,22 @@ def detection_loss(
         ValueError: A class label is not one of the model's.
     """
     with torch.autocast(device_type=blocks.logits.device.type, enabled=False):
-        stages = blocks.float()
-        names = [f"_{block}" for block in range(len(stages.logits) - 1)] + [""]
-        if selection is not None:
-            first = selection.float()
-            stages = Predictions(*(torch.cat(parts) for parts in zip(first, stages, strict=True)))
-            names = ["_selection", *names]
         # Before anything that can raise on one process only: the others would wait for it here.
-        num_boxes = mean_boxes_per_process(sum(targets.sizes), stages.logits.device)
-        pairs = hungarian_match(
-            *stages, targets, config, num_classes=config.num_labels, class_cost_function=sigmoid_class_cost
-        )
-        if query_mask is not None:
-            pairs = _drop_hidden(pairs, query_mask)
-        terms = _matched_terms(stages, targets, pairs, num_boxes, config)
-        loss_dict = {"class_error": _class_error(stages, targets, pairs)}
+        num_boxes = mean_boxes_per_process(sum(targets.sizes), blocks.logits.device)
+        blocks = blocks.float()
+        terms, pairs = _set_terms(blocks, query_mask, targets, num_boxes, config)
+        names = [f"_{block}" for block in range(len(blocks.logits) - 1)] + [""]
+        loss_dict = {"class_error": _class_error(blocks, targets, pairs)}
         for name, values in terms.items():
             loss_dict |= {name + suffix: value for suffix, value in zip(names, values.detach(), strict=True)}
         total = weighted_sum(terms, config)
+        if selection is not None:
+            copies = config.selection_matches
+            terms, _ = _set_terms(
+                selection.float(), query_mask, repeat_targets(targets, copies), num_boxes * copies, config
+            )
+            loss_dict |= {f"{name}_selection": values.detach().sum() for name, values in terms.items()}
+            total = total + weighted_sum(terms, config)
         if denoised is not None:
             terms = _denoising_terms(denoised.float(), denoising, targets, num_boxes, config)
             loss_dict |= {f"{name}_denoising": values.detach().sum() for name, values in terms.items()}
@@ -156,6 +154,39 @@ def weighted_sum(terms: Mapping[str, torch.Tensor], config: DePerceiverV2Config)
         + config.bbox_loss_coefficient * terms["loss_bbox"].sum()
         + config.giou_loss_coefficient * terms["loss_giou"].sum()
     )
+
+
+def repeat_targets(targets: DetectionTargets, copies: int) -> DetectionTargets:
+    """Every object so many times, for a matching of one to many (Jia et al. 2023, "H-DETR",
+    https://arxiv.org/abs/2207.13080)."""
+    if copies == 1:
+        return targets
+    labels = [
+        {"class_labels": class_labels[:size].repeat(copies), "boxes": boxes[:size].repeat(copies, 1)}
+        for class_labels, boxes, size in zip(*targets, strict=True)
+    ]
+    return pad_targets(labels, targets.boxes.device)
+
+
+def _set_terms(
+    stages: Predictions,
+    query_mask: torch.Tensor | None,
+    targets: DetectionTargets,
+    num_boxes: torch.Tensor,
+    config: DePerceiverV2Config,
+) -> tuple[dict[str, torch.Tensor], MatchedPairs]:
+    """Terms of the loss of matched queries, each `(S,)`, and the matching."""
+    pairs = hungarian_match(
+        *stages,
+        targets,
+        config,
+        num_classes=config.num_labels,
+        class_cost_function=sigmoid_class_cost,
+        query_mask=query_mask,
+    )
+    if query_mask is not None:
+        pairs = _drop_hidden(pairs, query_mask)
+    return _matched_terms(stages, targets, pairs, num_boxes, config), pairs
 
 
 def _drop_hidden(pairs: MatchedPairs, query_mask: torch.Tensor) -> MatchedPairs:

@@ -33,6 +33,7 @@ from .layers_deperceiver_v2 import (
     DePerceiverV2CrossAttention,
     DePerceiverV2KeyValues,
     DePerceiverV2PositionBias,
+    DePerceiverV2WriteBack,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
 from .tokens_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
@@ -40,6 +41,8 @@ from .tokens_deperceiver_v2 import (
     DePerceiverV2InputAdapter,
     DePerceiverV2LearnedQueries,
     DePerceiverV2TokenSelector,
+    SelectedTokens,
+    all_rows,
     inverse_sigmoid,
     locate_tokens,
 )
@@ -54,9 +57,9 @@ class DePerceiverV2ModelOutput(ModelOutput):
     r"""
     last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
         Object latents after the last block.
-    intermediate_hidden_states (`torch.Tensor` of shape `(layers, batch_size, num_queries, d_model)`):
+    intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, layers, num_queries, d_model)`):
         Object latents after every block.
-    intermediate_boxes (`torch.Tensor` of shape `(layers, batch_size, num_queries, 4)`):
+    intermediate_boxes (`torch.Tensor` of shape `(batch_size, layers, num_queries, 4)`):
         Boxes after every block, (center x, center y, width, height) in [0, 1] of the un-padded image.
     context_last_hidden_state (`torch.Tensor` of shape `(batch_size, num_context_latents, d_model)`):
         Context latents after the last block.
@@ -66,9 +69,9 @@ class DePerceiverV2ModelOutput(ModelOutput):
         Boxes of the object latents before the first block.
     query_mask (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
         `False` where a padded image has fewer tokens than the batch has object latents.
-    denoising_hidden_states (`torch.Tensor` of shape `(layers, batch_size, num_denoising, d_model)`, *optional*):
+    denoising_hidden_states (`torch.Tensor` of shape `(batch_size, layers, num_denoising, d_model)`, *optional*):
         Denoising queries after every block.
-    denoising_boxes (`torch.Tensor` of shape `(layers, batch_size, num_denoising, 4)`, *optional*):
+    denoising_boxes (`torch.Tensor` of shape `(batch_size, layers, num_denoising, 4)`, *optional*):
         Their boxes.
     hidden_states (`tuple(torch.Tensor)`, *optional*):
         All latents before the first and after every block: denoising queries (in training), object latents, context
@@ -113,9 +116,9 @@ class DePerceiverV2ObjectDetectionOutput(ModelOutput):
         `logits` and `pred_boxes` of every block but the last.
     last_hidden_state (`torch.Tensor` of shape `(batch_size, num_queries, d_model)`):
         Object latents after the last block.
-    intermediate_hidden_states (`torch.Tensor` of shape `(layers, batch_size, num_queries, d_model)`):
+    intermediate_hidden_states (`torch.Tensor` of shape `(batch_size, layers, num_queries, d_model)`):
         Object latents after every block.
-    intermediate_boxes (`torch.Tensor` of shape `(layers, batch_size, num_queries, 4)`):
+    intermediate_boxes (`torch.Tensor` of shape `(batch_size, layers, num_queries, 4)`):
         Boxes after every block.
     context_last_hidden_state (`torch.Tensor` of shape `(batch_size, num_context_latents, d_model)`):
         Context latents after the last block.
@@ -168,7 +171,7 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier-uniform linear maps; a new model moves no box, believes in no class and looks at the boxes."""
+        """Xavier-uniform linear maps."""
         if isinstance(module, nn.Linear | nn.Conv2d):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -177,6 +180,9 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=self.config.init_std)
         else:
             super()._init_weights(module)
+
+    def _init_part(self, module: nn.Module) -> None:
+        """A new model moves no box, believes in no class and looks at the boxes."""
         if isinstance(module, DePerceiverBoxPredictor):
             init.zeros_(module.layers[-1].weight)
         elif isinstance(module, DePerceiverV2PositionBias):
@@ -193,17 +199,20 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in every model; then what is frozen in the backbone."""
+        """As in every model; then parts of several layers, which `_init_weights` is not called for outside of
+        transformers as they hold no parameters themselves; then what is frozen in the backbone."""
         super().initialize_weights()
+        for module in self.modules():
+            self._init_part(module)
         initialize_frozen_parts(self)
 
 
 @auto_docstring(custom_intro="DePerceiver v2 without class heads: from pixels to object latents and their boxes.")
 class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": DePerceiverV2Block,
-        "attentions": OutputRecorder(DePerceiverAttention, index=1, layer_name="self_attention"),
-        "cross_attentions": OutputRecorder(DePerceiverV2CrossAttention, index=1, layer_name="cross_attention"),
+        "hidden_states": OutputRecorder(DePerceiverV2Block, layer_name="layers"),
+        "attentions": OutputRecorder(DePerceiverAttention, index=1, layer_name="layers"),
+        "cross_attentions": OutputRecorder(DePerceiverV2CrossAttention, index=1, layer_name="layers"),
     }
 
     def __init__(self, config: DePerceiverV2Config):
@@ -214,16 +223,18 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         self.queries = (
             DePerceiverV2TokenSelector(config) if config.query_selection else DePerceiverV2LearnedQueries(config)
         )
-        self.context_latents = None
-        if config.num_context_latents:
-            self.context_latents = nn.Embedding(config.num_context_latents, config.d_model)
-            self.context_positions = nn.Embedding(config.num_context_latents, config.d_model)
+        self.context_latents = nn.Embedding(config.num_context_latents, config.d_model)
+        self.context_positions = nn.Embedding(config.num_context_latents, config.d_model)
+        self.write_back = DePerceiverV2WriteBack(config) if config.context_write_back else None
         self.denoising_classes = None
         if config.num_denoising_queries:
             self.denoising_classes = nn.Embedding(config.num_labels, config.d_model)
         self.key_values = DePerceiverV2KeyValues(config) if config.share_key_values else None
         self.box_position = DePerceiverV2BoxPosition(config)
-        self.layers = nn.ModuleList(DePerceiverV2Block(config) for _ in range(config.decoder_layers))
+        self.layers = nn.ModuleList(
+            DePerceiverV2Block(config, own_key_values=not config.share_key_values)
+            for _ in range(config.decoder_layers)
+        )
         self.norm = nn.LayerNorm(config.d_model)
         self.bbox_predictors = nn.ModuleList(
             DePerceiverBoxPredictor(config.d_model) for _ in range(config.decoder_layers)
@@ -257,17 +268,28 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         feature_maps = self.backbone(pixel_values, pixel_mask)
         geometry = locate_tokens(feature_maps, self.backbone.strides, pixel_values.shape[-2:], pixel_mask)
         tokens, token_positions = self.input_adapter(feature_maps, geometry)
+        context, context_positions = (
+            all_rows(embedding, tokens.device).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+            for embedding in (self.context_latents, self.context_positions)
+        )  # (B, K, D)
+        if self.write_back is not None:
+            context, tokens = self.write_back(context, context_positions, tokens, token_positions, geometry, **kwargs)
         selected = self.queries(tokens, geometry)
 
-        latents, boxes, self_attention_mask = self._first_latents(selected.content, selected.boxes.detach(), denoising)
-        if selected.mask is not None:
-            keys = self._visible_latents(selected.mask, denoising)
-            self_attention_mask = keys if self_attention_mask is None else self_attention_mask & keys
+        latents = torch.cat((selected.content, context), dim=1)
+        # Boxes of selected tokens learn from the loss of the selection, learned ones from that of the blocks.
+        boxes = selected.boxes if selected.logits is None else selected.boxes.detach()
+        self_attention_mask = None
+        if denoising is not None:
+            denoised = self.denoising_classes(denoising.class_labels).to(latents.dtype)
+            self_attention_mask = denoising.may_attend(latents.shape[1])
+            latents, boxes = torch.cat((denoised, latents), dim=1), torch.cat((denoising.boxes, boxes), dim=1)
+        self_attention_mask = self._hide_latents(self_attention_mask, selected, denoising)
         key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, geometry)
         num_boxes = boxes.shape[1]
         hidden_states, pred_boxes = [], []
         for layer, bbox_predictor in zip(self.layers, self.bbox_predictors, strict=True):
-            positions = self._positions(boxes, latents.dtype)
+            positions = torch.cat((self.box_position(boxes, latents.dtype), context_positions), dim=1)
             latents = layer(
                 latents,
                 positions,
@@ -289,10 +311,11 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
 
         num_denoising = 0 if denoising is None else denoising.mask.shape[1]
         num_objects = num_boxes - num_denoising
-        denoised_states, states = torch.stack(hidden_states).split((num_denoising, num_objects), dim=2)
-        denoised_boxes, object_boxes = torch.stack(pred_boxes).split((num_denoising, num_objects), dim=2)
+        # Images first: `pipeline` takes every output of a batch apart by its first dimension.
+        denoised_states, states = torch.stack(hidden_states, dim=1).split((num_denoising, num_objects), dim=2)
+        denoised_boxes, object_boxes = torch.stack(pred_boxes, dim=1).split((num_denoising, num_objects), dim=2)
         return DePerceiverV2ModelOutput(
-            last_hidden_state=states[-1],
+            last_hidden_state=states[:, -1],
             intermediate_hidden_states=states,
             intermediate_boxes=object_boxes,
             context_last_hidden_state=self.norm(latents[:, num_boxes:]),
@@ -303,36 +326,20 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             denoising_boxes=denoised_boxes if num_denoising else None,
         )
 
-    def _first_latents(
-        self, content: torch.Tensor, boxes: torch.Tensor, denoising: DenoisingQueries | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Denoising queries, object latents `(B, Q, D)` and context latents, in this order; the boxes of the first
-        two; and which latents see which, if not all do."""
-        parts, mask = [content], None
-        if self.context_latents is not None:
-            context = self.context_latents.weight.to(content.dtype)
-            parts.append(context.expand(content.shape[0], -1, -1))
-        if denoising is not None:
-            parts.insert(0, self.denoising_classes(denoising.class_labels).to(content.dtype))
-            boxes = torch.cat((denoising.boxes, boxes), dim=1)
-            mask = denoising.may_attend(sum(part.shape[1] for part in parts[1:]))
-            mask = mask & self._visible_latents(mask.new_ones(content.shape[:2]), denoising)
-        return torch.cat(parts, dim=1), boxes, mask
-
-    def _visible_latents(self, query_mask: torch.Tensor, denoising: DenoisingQueries | None) -> torch.Tensor:
-        """Mask of all latents as keys `(B, 1, 1, M)` from that of the object latents `(B, Q)`."""
-        parts = [query_mask, query_mask.new_ones(len(query_mask), self.config.num_context_latents)]
+    def _hide_latents(
+        self, mask: torch.Tensor | None, selected: SelectedTokens, denoising: DenoisingQueries | None
+    ) -> torch.Tensor | None:
+        """Exclude from the mask of the self-attention `(B or 1, 1, M, M)` latents that are none."""
+        if selected.mask is None and denoising is None:
+            return mask
+        shown = selected.mask
+        if shown is None:
+            shown = torch.ones(selected.content.shape[:2], dtype=torch.bool, device=selected.content.device)
+        parts = [shown, shown.new_ones(shown.shape[0], self.config.num_context_latents)]
         if denoising is not None:
             parts.insert(0, denoising.mask)
-        return torch.cat(parts, dim=1)[:, None, None]
-
-    def _positions(self, boxes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Positions `(B, M, D)` of latents with boxes `(B, Q, 4)`, then of the context latents."""
-        positions = self.box_position(boxes, dtype)
-        if self.context_latents is None:
-            return positions
-        context = self.context_positions.weight.to(positions.dtype).expand(len(boxes), -1, -1)
-        return torch.cat((positions, context), dim=1)
+        keys = torch.cat(parts, dim=1)[:, None, None]  # (B, 1, 1, M)
+        return keys if mask is None else mask & keys
 
 
 @auto_docstring(custom_intro="DePerceiver v2 with a class head on every object latent.")
@@ -381,7 +388,7 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
                 denoising = make_denoising_queries(targets, self.config)
         outputs = self.model(pixel_values, pixel_mask, denoising, **kwargs)
         logits = self._classify(outputs.intermediate_hidden_states, outputs.query_mask)  # (L, B, Q, C)
-        pred_boxes = outputs.intermediate_boxes
+        pred_boxes = outputs.intermediate_boxes.transpose(0, 1)  # (L, B, Q, 4)
 
         loss = loss_dict = auxiliary_outputs = None
         if targets is not None:
@@ -390,7 +397,9 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
                 selection_logits = _hide(outputs.selection_logits, outputs.query_mask)
                 selection = Predictions(selection_logits[None], outputs.selection_boxes[None])
             if denoising is not None:
-                denoised = Predictions(self._classify(outputs.denoising_hidden_states), outputs.denoising_boxes)
+                denoised = Predictions(
+                    self._classify(outputs.denoising_hidden_states), outputs.denoising_boxes.transpose(0, 1)
+                )
             loss, loss_dict = detection_loss(
                 selection,
                 Predictions(logits, pred_boxes),
@@ -415,9 +424,10 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
         )
 
     def _classify(self, hidden_states: torch.Tensor, query_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `(L, B, Q, C)` of the states `(L, B, Q, D)` of every block."""
+        """Logits `(L, B, Q, C)` of the states `(B, L, Q, D)` of every block."""
         logits = [
-            classifier(states) for classifier, states in zip(self.class_labels_classifiers, hidden_states, strict=True)
+            classifier(states)
+            for classifier, states in zip(self.class_labels_classifiers, hidden_states.unbind(1), strict=True)
         ]
         return _hide(torch.stack(logits), query_mask)
 
