@@ -14,7 +14,7 @@ from deperceiver_hf.demo import run_demo
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--output_dir", default="outputs/demo", help="Where everything is written (%(default)s).")
-    parser.add_argument("--max_minutes", type=float, default=4.5, help="Limit of the training (%(default)s).")
+    parser.add_argument("--max_minutes", type=float, default=4.0, help="Limit of the training (%(default)s).")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("deperceiver_hf").setLevel(logging.INFO)

@@ -37,6 +37,14 @@ def parse_arguments() -> argparse.Namespace:
         help="Detections per image and class to score; AP at the last number (1 10 100).",
     )
     parser.add_argument(
+        "--size_boundaries",
+        type=float,
+        nargs=2,
+        metavar=("SMALL", "MEDIUM"),
+        default=[32, 96],
+        help="Sides of squares, in pixels of the data, whose areas part small, medium and large objects (32 96).",
+    )
+    parser.add_argument(
         "--batched_forward",
         action="store_true",
         help="Images of one size go through the model together: faster for small models on a GPU, but the last digits "

@@ -7,7 +7,7 @@ What the cards take from the evaluations is kept beside them in `measured.json` 
 import argparse
 import sys
 
-from deperceiver_hf.model_card import CARD_NAMES, write_model_cards
+from deperceiver_hf.model_cards import CARDS, write_model_cards
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
         default=[],
         type=split_pair,
         metavar="NAME=FILE",
-        help=f"JSON of scripts/evaluate.py for one of {', '.join(CARD_NAMES)}; may be given several times.",
+        help=f"JSON of scripts/evaluate.py for one of {', '.join(CARDS)}; may be given several times.",
     )
     parser.add_argument("--output_dir", default="model_cards", help="Directory of the cards (%(default)s).")
     arguments = parser.parse_args()

@@ -9,7 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from deperceiver_hf import DePerceiverConfig, DePerceiverForObjectDetection
+from deperceiver_hf import (
+    DePerceiverConfig,
+    DePerceiverForObjectDetection,
+    DePerceiverV2Config,
+    DePerceiverV2ForObjectDetection,
+)
 
 
 def tiny_config(**overrides) -> DePerceiverConfig:
@@ -34,6 +39,35 @@ def tiny_model(**overrides) -> DePerceiverForObjectDetection:
     """A model of [`tiny_config`], the same at every call, in evaluation mode."""
     torch.manual_seed(0)
     return DePerceiverForObjectDetection(tiny_config(**overrides)).eval()
+
+
+def tiny_v2_config(**overrides) -> DePerceiverV2Config:
+    """The same for the second architecture."""
+    fields = {
+        "backbone": "test_resnet",
+        "feature_strides": [8, 16],
+        "d_model": 24,
+        "num_attention_heads": 2,
+        "num_queries": 9,
+        "num_context_latents": 3,
+        "decoder_layers": 2,
+        "widening_factor": 2,
+        "num_denoising_queries": 12,
+        "num_labels": 5,
+    }
+    return DePerceiverV2Config(**{**fields, **overrides})
+
+
+def tiny_v2_model(**overrides) -> DePerceiverV2ForObjectDetection:
+    """A model of [`tiny_v2_config`], the same at every call, in evaluation mode, and as if it had been trained: what
+    is zero in a new model, and would hide mistakes, is not."""
+    torch.manual_seed(0)
+    model = DePerceiverV2ForObjectDetection(tiny_v2_config(**overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
 
 
 @pytest.fixture

@@ -4,21 +4,32 @@
 import json
 import runpy
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from deperceiver_hf import DePerceiverForObjectDetection
+from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverV2Config, DePerceiverV2ForObjectDetection
 from deperceiver_hf.benchmark import compare_costs, compare_times, time_models
-from deperceiver_hf.cost import Cost, count_cost
-from deperceiver_hf.variants import SCALES, VARIANT_NAMES, deperceiver_variant, make_variant
+from deperceiver_hf.configuration_deperceiver_v2 import PRESETS
+from deperceiver_hf.cost import Cost, count_cost, count_peak_memory
+from deperceiver_hf.scaling import compare_scaling, draw_scaling, split_at_backbone
+from deperceiver_hf.variants import (
+    SCALES,
+    VARIANT_NAMES,
+    deperceiver_v2_variant,
+    deperceiver_variant,
+    make_variant,
+    with_backbone,
+)
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 SMALL = {"backbone": "resnet18", "num_latents": 24}
 
 
+@cache
 def count(name: str, height: int, width: int, **options) -> Cost:
     options = {**SMALL, **options}
     return count_cost(partial(make_variant, name, attn_implementation="eager", **options), height, width)
@@ -53,6 +64,110 @@ def test_counts_are_those_made_by_hand(latents):
     assert cost.flops == cost.backbone_flops + cost.flops_after_backbone
 
 
+def count_v2(config: DePerceiverV2Config, height: int, width: int) -> Cost:
+    return count_cost(lambda: DePerceiverV2ForObjectDetection(config), height, width)
+
+
+def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[int]) -> tuple[int, int, int]:
+    """FLOPs, activations and attention weights after the backbone: see the docstring of `cost`."""
+    d, heads, logits, widening = config.d_model, config.num_attention_heads, config.num_labels, config.widening_factor
+    levels, blocks, n = len(tokens), config.decoder_layers, sum(tokens)
+    queries = min(config.num_queries, n)
+    latents = queries + config.num_context_latents
+    features, value_features = heads * (6 + levels), 8 * heads
+    places = queries * heads * (4 + levels)
+    boxes = 4 * queries * d**2 + 8 * queries * d
+
+    adapter = 2 * d * sum(cells * width for cells, width in zip(tokens, channels, strict=True))
+    selection = 2 * n * d**2 + 2 * n * d * logits + 2 * queries * d**2 + boxes
+    key_values = 4 * n * d**2 * (1 if config.share_key_values else blocks)
+    attending = 8 * latents * d**2 + 4 * latents**2 * d
+    reading = 4 * latents * d**2 + 2 * places * d
+    reading += 2 * latents * n * (2 * d + features + value_features) + 4 * queries * heads * d
+    thinking = 4 * widening * latents * d**2
+    block = 6 * queries * d**2 + attending + reading + thinking + boxes + 2 * queries * d * logits
+    flops = adapter + selection + key_values + blocks * block
+
+    weights = blocks * heads * (latents**2 + latents * n)
+    box_outputs = queries * (2 * d + 4)
+    made = n * d + n * (d + logits) + queries * d + box_outputs
+    made += 2 * n * d * (1 if config.share_key_values else blocks)
+    made += blocks * (2 * queries * d + 5 * latents * d + 3 * latents * d + places + (widening + 1) * latents * d)
+    made += blocks * (latents * value_features + queries * d + box_outputs + queries * logits)
+    return flops, made + weights, weights
+
+
+@pytest.mark.parametrize(
+    ("preset", "channels", "share_key_values"),
+    [
+        ("base", [512, 1024, 2048], False),
+        ("base", [512, 1024, 2048], True),
+        ("large", [256, 512, 1024, 2048], False),
+        ("small", [128, 256, 512], True),
+    ],
+)
+def test_counts_of_v2_are_those_made_by_hand(preset, channels, share_key_values):
+    config = deperceiver_v2_variant(preset, share_key_values=share_key_values, attn_implementation={"": "eager"})
+    cost = count_v2(config, 320, 480)
+    tokens = [320 * 480 // stride**2 for stride in config.feature_strides]
+    assert cost.tokens == sum(tokens)
+    counted = (cost.flops_after_backbone, cost.activations_after_backbone, cost.attention_weights)
+    assert counted == v2_by_hand(config, tokens, channels)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        *((preset, {}) for preset in PRESETS),
+        ("nano", {"context_write_back": True}),
+        ("nano", {"share_key_values": True}),
+    ],
+)
+def test_cost_of_v2_is_affine_in_the_tokens(preset, overrides):
+    """From as many tokens on as there are object latents."""
+    config = deperceiver_v2_variant(preset, backbone="test_resnet", attn_implementation={"": "eager"}, **overrides)
+    costs = [count_v2(config, 256, width) for width in (128, 224, 320)]
+    assert config.num_queries < costs[0].tokens < costs[1].tokens < costs[2].tokens
+    for figure in ("flops_after_backbone", "activations_after_backbone", "attention_weights"):
+        small, medium, large = (getattr(cost, figure) for cost in costs)
+        assert 0 < medium - small == large - medium, figure
+
+
+def test_presets_bring_their_backbone_unless_one_is_given():
+    own = count_cost(partial(make_variant, "deperceiver-v2-nano", attn_implementation="eager"), 64, 64)
+    other = count("deperceiver-v2-nano", 64, 64)
+    assert own.backbone_parameters < 1e6 < other.backbone_parameters
+
+
+def test_peak_memory_is_that_of_the_largest_moment():
+    """In DETR's encoder two arrays of heads x N^2 are alive at once: scores before and after softmax or scaling."""
+    cost = count("detr-8", 256, 256)
+    scores = 4 * 8 * cost.tokens**2
+    assert 2 * scores <= cost.peak_memory < 3 * scores
+    fused = count_peak_memory(partial(make_variant, "detr-8", **SMALL), 256, 256)
+    assert fused < scores
+
+
+def test_peak_memory_does_not_hold_what_was_released():
+    class Chain(torch.nn.Module):
+        def __init__(self, length: int):
+            super().__init__()
+            self.backbone, self.length = torch.nn.Identity(), length
+
+        @property
+        def model(self) -> torch.nn.Module:
+            return self
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            x = self.backbone(pixel_values)
+            for _ in range(self.length):
+                x = x.flatten().reshape(x.shape) + 1
+            return x
+
+    image = 4 * 3 * 32 * 32
+    assert [count_peak_memory(partial(Chain, length), 32, 32) for length in (1, 2, 9)] == [image, 2 * image, 2 * image]
+
+
 def test_parameters_are_those_of_the_model():
     cost = count("deperceiver-32", 64, 64)
     model = DePerceiverForObjectDetection(deperceiver_variant("32", **SMALL))
@@ -78,6 +193,8 @@ def test_multiscale_has_the_tokens_of_its_scales():
         parts = [tokens[f"{architecture}-{scale}"] for scale in ("32", "16", "8")]
         assert parts == [3 * 4, 6 * 8, 12 * 16]
         assert tokens[f"{architecture}-multiscale"] == sum(parts)
+    assert tokens["deperceiver-v2-base"] == tokens["detr-multiscale"]
+    assert tokens["deperceiver-v2-large"] == tokens["detr-multiscale"] + tokens["deperceiver-4"]
 
 
 def test_counting_leaves_no_real_arrays():
@@ -88,7 +205,7 @@ def test_counting_leaves_no_real_arrays():
         return made[0]
 
     count_cost(make, 64, 64)
-    assert all(tensor.is_meta for tensor in made[0].state_dict().values())
+    assert all(isinstance(tensor, FakeTensor) for tensor in made[0].state_dict().values())
 
 
 def test_fused_attention_is_not_counted():
@@ -96,12 +213,13 @@ def test_fused_attention_is_not_counted():
         count_cost(partial(make_variant, "deperceiver-32", **SMALL), 64, 64)
 
 
-@pytest.mark.parametrize("name", ["detr-16", "detr-multiscale", "deperceiver-multiscale"])
+@pytest.mark.parametrize("name", ["detr-16", "detr-multiscale", "deperceiver-multiscale", "deperceiver-v2-base"])
 def test_every_kind_of_model_predicts(name):
     outputs = make_variant(name, **SMALL)(torch.randn(2, 3, 64, 64))
     logits, boxes = outputs if isinstance(outputs, tuple) else (outputs.logits, outputs.pred_boxes)
-    assert logits.shape == (2, 100, 92)
-    assert boxes.shape == (2, 100, 4)
+    num_queries, num_logits = (84, 91) if "v2" in name else (100, 92)  # 84 tokens are fewer than 300 latents
+    assert logits.shape == (2, num_queries, num_logits)
+    assert boxes.shape == (2, num_queries, 4)
     assert ((boxes >= 0) & (boxes <= 1)).all()
 
 
@@ -140,6 +258,49 @@ def test_times_are_related_to_the_first_model():
     assert rows[names[0]]["ratio"] == 1
     assert rows[names[1]]["ratio"] == rows[names[1]]["latency"] / rows[names[0]]["latency"]
     assert report.markdown().count("\n| d") == 2
+
+
+@pytest.mark.parametrize("name", ["detr-32", "detr-multiscale", "deperceiver-16", "deperceiver-v2-nano"])
+def test_model_without_its_backbone_predicts_the_same(name):
+    model, pixel_values = make_variant(name, **SMALL), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(pixel_values)
+        backbone, rest = split_at_backbone(model, pixel_values)
+        again, feature_maps = rest(pixel_values), backbone(pixel_values)
+    before, after = (value if isinstance(value, tuple) else value.to_tuple() for value in (expected, again))
+    assert torch.equal(before[0], after[0])
+    assert all(
+        torch.equal(a, b)
+        for (a, _), (b, _) in zip(feature_maps, with_backbone(rest).backbone.feature_maps, strict=True)
+    )
+
+
+def test_scaling_has_a_row_for_every_model_and_size(tmp_path):
+    options = {"sizes": [64, 96], "repeats": 1, "warmup": 0, "progress": False, "backbone": "test_resnet"}
+    report = compare_scaling(["detr-32", "deperceiver-v2-nano"], timed=["detr-32"], **options)
+    assert [(row["model"], row["size"], row["tokens"]) for row in report.rows.values()] == [
+        *(("detr-32", 64, 4), ("deperceiver-v2-nano", 64, 84)),
+        *(("detr-32", 96, 9), ("deperceiver-v2-nano", 96, 189)),
+    ]
+    assert [("latency" in row) for row in report.rows.values()] == [True, False] * 2
+    pytest.importorskip("matplotlib")
+    draw_scaling(report, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timed": ["detr-8"]}, "detr-8 cannot be timed"),
+        ({"sizes": []}, "at least one side"),
+        ({"sizes": [64, 16]}, "at least 32 pixels"),
+        ({"warmup": -1}, "warmup must be"),
+        ({"device": "tpu9"}, "device must be"),
+    ],
+)
+def test_impossible_scaling_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        compare_scaling(["detr-32"], **{"timed": [], **SMALL, **options})
 
 
 @pytest.mark.parametrize(
@@ -194,7 +355,13 @@ def test_script_writes_what_it_prints(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["cost", "--height", "1"], ["cost", "--output", "report.txt"], ["time", "--repeats", "0"]]
+    "arguments",
+    [
+        ["cost", "--height", "1"],
+        ["cost", "--output", "report.txt"],
+        ["time", "--repeats", "0"],
+        ["scaling", "--figure", "figure.jpg"],
+    ],
 )
 def test_script_refuses_in_one_line(monkeypatch, capsys, arguments):
     assert run_script(monkeypatch, *arguments) == 2

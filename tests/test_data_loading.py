@@ -14,10 +14,12 @@ from deperceiver_hf import DePerceiverImageProcessor
 from deperceiver_hf.data import (
     DetectionCollator,
     DetectionDataset,
+    SyntheticScenes,
     TrainingBatchSampler,
     load_detection_data,
     make_train_transforms,
 )
+from deperceiver_hf.data.images import decode_rgb
 
 SIZE = {"shortest_edge": 48, "longest_edge": 80}
 
@@ -76,6 +78,44 @@ def test_workers_that_live_on_see_the_next_epoch(data):
         dataset.set_epoch(epoch)
         expected = make_and_set(data, epoch)
         assert all(equal(item, expected[index]) for index, item in enumerate(loader))
+
+
+@pytest.mark.parametrize("augmentation", ["original", "crop_any_orientation", None])
+@pytest.mark.parametrize("painted", [False, True])
+def test_cached_images_change_no_bit_and_are_read_once(data, tmp_path, monkeypatch, augmentation, painted):
+    data = data if painted else load_detection_data(str(write_coco(tmp_path)), "val")
+    transforms = make_train_transforms(augmentation, 48) if augmentation else None
+    plain, cached = (DetectionDataset(data, transforms, seed=5, cache_images=cache) for cache in (False, True))
+    expected = {}
+    for epoch in range(3):
+        plain.set_epoch(epoch)
+        expected |= {(epoch, index): plain[index] for index in range(len(plain))}
+    reads = []
+
+    def recording(image, image_id):
+        reads.append(image_id)
+        return decode_rgb(image, image_id)
+
+    monkeypatch.setattr("deperceiver_hf.data.loading.decode_rgb", recording)
+    monkeypatch.setattr(SyntheticScenes, "paint", painted_once(SyntheticScenes.paint))
+    for (epoch, index), item in expected.items():
+        cached.set_epoch(epoch)
+        found = cached[index]
+        assert equal(found, item)
+        assert found["image"].stride() == item["image"].stride()
+        found["image"].zero_()  # an item belongs to whoever asked for it
+    assert len(reads) == len(set(reads)) == len(data.dataset)
+
+
+def painted_once(paint):
+    seen = set()
+
+    def checked(scenes, stream, index):
+        assert index not in seen
+        seen.add(index)
+        return paint(scenes, stream, index)
+
+    return checked
 
 
 def test_a_pickled_dataset_is_the_same(data):

@@ -4,9 +4,11 @@
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+from transformers.image_utils import SizeDict
 
 from deperceiver_hf.data import make_train_transforms
-from deperceiver_hf.data.transforms import AUGMENTATIONS, RandomShortestEdge
+from deperceiver_hf.data.transforms import AUGMENTATIONS, RandomShortestEdge, RandomZoom
 
 
 def make_sample(height=90, width=130, boxes=((30, 20, 70, 50),), crowd=()) -> dict:
@@ -39,7 +41,8 @@ def test_boxes_stay_on_the_pixels_of_their_object(augmentation):
         assert boxes.canvas_size == tuple(image.shape[-2:])
         ys, xs = torch.nonzero(image[0] > 127, as_tuple=True)
         if len(xs) == 0 or len(boxes) == 0:
-            assert len(xs) <= image.shape[1]  # at most a sliver of the object is left
+            # At most a sliver of the object is left, or less than a quarter of it, enlarged.
+            assert len(xs) <= (0.25 * 40 * 30 * (128 / 90 / 0.6) ** 2 if "crop" in augmentation else image.shape[1])
             continue
         seen = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
         assert (boxes[0] - seen).abs().max() < 1.5
@@ -101,6 +104,80 @@ def test_objects_outside_the_crop_go_and_those_on_its_border_are_clipped():
             assert out["image"][0, min(y, height - 1), min(x, width - 1)] > 60
         kept.append(len(boxes))
     assert min(kept) < len(grid) == max(kept)
+
+
+@pytest.mark.parametrize("augmentation", ["crop", "crop_any_orientation"])
+@pytest.mark.parametrize(("height", "width"), [(97, 131), (131, 97), (100, 100), (480, 640)])
+def test_crops_have_the_size_of_the_whole_image(augmentation, height, width):
+    (size,) = {tuple(out["image"].shape[-2:]) for out in outputs(make_train_transforms("none", 64), make_sample(), 1)}
+    assert size == (64, 92)
+    sample = make_sample(height, width)
+    (whole,) = {tuple(out["image"].shape[-2:]) for out in outputs(make_train_transforms("none", 64), sample, 1)}
+    cropped = outputs(make_train_transforms(augmentation, 64), sample)
+    assert {tuple(out["image"].shape[-2:]) for out in cropped} == {whole}
+
+
+def test_crops_are_mild_and_drop_objects_of_which_little_is_left(monkeypatch):
+    grid = [(x, y, x + 20, y + 20) for x in range(0, 200, 25) for y in range(0, 150, 25)]
+    areas = []  # left, top, right, bottom of the crops
+    crop = F.crop
+
+    def recording(inpt, top, left, height, width):
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            areas.append((left, top, left + width, top + height))
+        return crop(inpt, top, left, height, width)
+
+    monkeypatch.setattr(F, "crop", recording)
+    zoom, sample = RandomZoom(SizeDict(shortest_edge=150, longest_edge=200)), make_sample(150, 200, boxes=grid)
+    crops = dropped = 0
+    torch.manual_seed(0)
+    for _ in range(200):
+        areas.clear()
+        out = zoom(sample)
+        assert out["boxes"].canvas_size == tuple(out["image"].shape[-2:]) == (150, 200)
+        if not areas:
+            assert out["labels"].tolist() == list(range(len(grid)))
+            assert out["boxes"].tolist() == [list(box) for box in grid]
+            continue
+        ((left, top, right, bottom),) = areas
+        assert 0.6 - 0.01 <= (right - left) / 200 <= 1
+        assert abs((right - left) / 200 - (bottom - top) / 150) < 0.01
+        bounds = torch.tensor([left, top, left, top]), torch.tensor([right, bottom, right, bottom])
+        clipped = torch.tensor(grid, dtype=torch.float32).clamp(*bounds) - bounds[0]
+        visible = (clipped[:, 2:] - clipped[:, :2]).prod(dim=1) >= 100  # a quarter of 20 x 20
+        assert out["labels"].tolist() == torch.nonzero(visible)[:, 0].tolist()
+        scale = torch.tensor([200 / (right - left), 150 / (bottom - top)]).repeat(2)
+        torch.testing.assert_close(out["boxes"].as_subclass(torch.Tensor), (clipped * scale)[visible])
+        crops += 1
+        dropped += int((~visible).sum())
+    assert 90 < crops < 150  # three in five
+    assert dropped > 0
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "width", "orientations"),
+    [("crop", 90, 2), ("crop", 130, 2), ("crop_any_orientation", 90, 8), ("crop_any_orientation", 130, 4)],
+)
+def test_orientations_of_the_whole_image(augmentation, width, orientations):
+    x0, y0, x1, y1 = 10, 20, 50, 45
+    across, down = ((x0, x1), (width - x1, width - x0)), ((y0, y1), (90 - y1, 90 - y0))
+    upright = {(a, c, b, d) for a, b in across for c, d in (down if orientations > 2 else down[:1])}
+    expected = upright | ({(b, a, d, c) for a, b, c, d in upright} if orientations == 8 else set())
+    found = {
+        tuple(out["boxes"][0].tolist())
+        for out in outputs(make_train_transforms(augmentation, 90), make_sample(90, width, ((x0, y0, x1, y1),)), 300)
+        if len(out["boxes"])
+    }
+    whole = {box for box in found if sorted((box[2] - box[0], box[3] - box[1])) == [25, 40]}
+    assert whole == expected
+    assert len(found) > 100  # the rest are crops
+
+
+def test_colours_of_crops_change_mildly():
+    sample = make_sample(100, 100)
+    sample["image"] = tv_tensors.Image(torch.full((3, 100, 100), 120, dtype=torch.uint8))
+    values = torch.stack([out["image"].float().mean() for out in outputs(make_train_transforms("crop", 64), sample)])
+    assert 90 < values.min() < 110 < 130 < values.max() < 150
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)

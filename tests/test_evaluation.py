@@ -399,6 +399,19 @@ def test_batched_forward_batches_images_of_one_size(data):
     assert result.predictions == evaluate_detector(oracle, processor(), data, progress=False).predictions
 
 
+def test_boundaries_of_size_can_be_moved(data):
+    """The objects have sides of 6 to 30 pixels: all small for COCO."""
+    oracle = Oracle(data, processor(), dropped=1)
+    plain = evaluate_detector(oracle, processor(), data, progress=False)
+    moved = evaluate_detector(oracle, processor(), data, area_boundaries=(15.0**2, 22.0**2), progress=False)
+    assert (plain.metrics["ap_medium"], plain.metrics["ap_large"]) == (-1, -1)
+    assert all(moved.metrics[f"ap_{size}"] > 0 for size in ("small", "medium", "large"))
+    assert moved.metrics["ap"] == plain.metrics["ap"]
+    for wrong in ((100, 10), (0, 10), (10,), (10, float("inf"))):
+        with pytest.raises(ValueError, match="area_boundaries"):
+            evaluate_detector(oracle, processor(), data, area_boundaries=wrong, progress=False)
+
+
 def test_random_state_is_left_alone(data):
     model = scattering_model()
     torch.manual_seed(5)
@@ -455,6 +468,14 @@ def test_two_processes_give_the_result_of_one(model_directory, coco_directory, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "one_predictions.json", "sub"]
 
 
+def test_boundaries_of_size_are_in_the_settings(model_directory, coco_directory, tmp_path):
+    for sizes, areas in (({}, [1024, 9216]), ({"size_boundaries": (15, 22)}, [225, 484])):
+        arguments = {"output": str(tmp_path / "x.json"), "progress": False, **sizes}
+        result = prepare_evaluation(str(model_directory), str(coco_directory), **arguments).run()
+        assert json.loads((tmp_path / "x.json").read_text())["settings"]["area_boundaries"] == areas
+        assert (result.metrics["ap_large"] >= 0) == bool(sizes)
+
+
 def test_command_ends_with_one_line_for_a_mistake(coco_directory, tmp_path):
     run = subprocess.run(
         [sys.executable, SCRIPT, "--model", tmp_path, "--dataset", coco_directory, "--output", tmp_path / "x.json"],
@@ -480,6 +501,8 @@ def test_command_ends_with_one_line_for_a_mistake(coco_directory, tmp_path):
         ({"device": "toaster"}, ValueError, "toaster"),
         ({"mixed_precision": "int3"}, ValueError, "int3"),
         ({"max_detections": (10, 1)}, ValueError, "max_detections"),
+        ({"size_boundaries": (96, 32)}, ValueError, "size_boundaries .* 96 32"),
+        ({"size_boundaries": (32,)}, ValueError, "size_boundaries"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"num_workers": -1}, ValueError, "num_workers"),
     ],

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import numpy as np
@@ -25,9 +26,14 @@ from deperceiver_hf import (
     DePerceiverImageProcessor,
     DePerceiverImageProcessorPil,
     DePerceiverModel,
+    DePerceiverV2Config,
+    DePerceiverV2ForObjectDetection,
+    DePerceiverV2ImageProcessor,
+    DePerceiverV2ImageProcessorPil,
+    DePerceiverV2Model,
 )
 
-MODEL_FILES = {
+V1_MODEL_FILES = {
     "config.json",
     "model.safetensors",
     "configuration_deperceiver.py",
@@ -36,31 +42,78 @@ MODEL_FILES = {
     "layers_deperceiver.py",
     "loss_deperceiver.py",
 }
-PROCESSOR_FILES = {
+V1_PROCESSOR_FILES = {
     "preprocessor_config.json",
     "image_processing_deperceiver.py",
     "image_processing_pil_deperceiver.py",
 }
 
 
-def tiny_model() -> DePerceiverForObjectDetection:
-    torch.manual_seed(0)
-    config = DePerceiverConfig(
-        backbone="resnet18",
-        num_latents=6,
-        d_latents=32,
-        d_model=32,
-        num_blocks=1,
-        num_self_attends_per_block=1,
-        num_self_attention_heads=2,
-        num_queries=5,
-        id2label={0: "cat", 1: "dog"},
-    )
-    return DePerceiverForObjectDetection(config).eval()
+class Architecture(NamedTuple):
+    """An architecture as its users see it."""
+
+    config: type
+    model: type
+    detector: type
+    processor: type
+    pil_processor: type
+    fields: dict
+    model_files: set[str]
+    processor_files: set[str]
+
+    def tiny_model(self):
+        torch.manual_seed(0)
+        config = self.config(backbone="resnet18", num_queries=5, id2label={0: "cat", 1: "dog"}, **self.fields)
+        return self.detector(config).eval()
+
+    def tiny_processor(self, pil: bool = False):
+        backend = self.pil_processor if pil else self.processor
+        return backend(size={"shortest_edge": 48, "longest_edge": 80})
 
 
-def tiny_processor(backend: type = DePerceiverImageProcessor):
-    return backend(size={"shortest_edge": 48, "longest_edge": 80})
+ARCHITECTURES = {
+    "v1": Architecture(
+        DePerceiverConfig,
+        DePerceiverModel,
+        DePerceiverForObjectDetection,
+        DePerceiverImageProcessor,
+        DePerceiverImageProcessorPil,
+        {
+            "num_latents": 6,
+            "d_latents": 32,
+            "d_model": 32,
+            "num_blocks": 1,
+            "num_self_attends_per_block": 1,
+            "num_self_attention_heads": 2,
+        },
+        V1_MODEL_FILES,
+        V1_PROCESSOR_FILES,
+    ),
+    "v2": Architecture(
+        DePerceiverV2Config,
+        DePerceiverV2Model,
+        DePerceiverV2ForObjectDetection,
+        DePerceiverV2ImageProcessor,
+        DePerceiverV2ImageProcessorPil,
+        {"d_model": 32, "num_attention_heads": 2, "decoder_layers": 1, "num_context_latents": 2},
+        # Everything that the files import from their siblings, but not the first architecture's model itself.
+        V1_MODEL_FILES - {"modeling_deperceiver.py"}
+        | {
+            "configuration_deperceiver_v2.py",
+            "modeling_deperceiver_v2.py",
+            "tokens_deperceiver_v2.py",
+            "layers_deperceiver_v2.py",
+            "loss_deperceiver_v2.py",
+            "denoising_deperceiver_v2.py",
+        },
+        V1_PROCESSOR_FILES | {"image_processing_deperceiver_v2.py", "image_processing_pil_deperceiver_v2.py"},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request) -> Architecture:
+    return ARCHITECTURES[request.param]
 
 
 def picture(height: int, width: int) -> Image.Image:
@@ -68,11 +121,11 @@ def picture(height: int, width: int) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
+def saved(architecture, tmp_path_factory) -> Path:
     """A directory with a model and its processor, as a user would push it to the Hub."""
     directory = tmp_path_factory.mktemp("saved") / "tiny-deperceiver"
-    tiny_model().save_pretrained(directory)
-    tiny_processor().save_pretrained(directory)
+    architecture.tiny_model().save_pretrained(directory)
+    architecture.tiny_processor().save_pretrained(directory)
     return directory
 
 
@@ -83,48 +136,52 @@ def photo(tmp_path_factory) -> Path:
     return path
 
 
-def test_saved_directory_holds_the_code_of_model_and_processor(saved):
-    assert {path.name for path in saved.iterdir()} == MODEL_FILES | PROCESSOR_FILES
+def test_saved_directory_holds_the_code_of_model_and_processor(architecture, saved):
+    assert {path.name for path in saved.iterdir()} == architecture.model_files | architecture.processor_files
 
 
-def test_auto_classes_restore_model_and_processor(saved):
-    assert type(AutoConfig.from_pretrained(saved)) is DePerceiverConfig
-    assert type(AutoImageProcessor.from_pretrained(saved)) is DePerceiverImageProcessor
-    assert type(AutoImageProcessor.from_pretrained(saved, backend="pil")) is DePerceiverImageProcessorPil
-    assert type(AutoModel.from_pretrained(saved)) is DePerceiverModel
+def test_auto_classes_restore_model_and_processor(architecture, saved):
+    assert type(AutoConfig.from_pretrained(saved)) is architecture.config
+    assert type(AutoImageProcessor.from_pretrained(saved)) is architecture.processor
+    assert type(AutoImageProcessor.from_pretrained(saved, backend="pil")) is architecture.pil_processor
+    assert type(AutoModel.from_pretrained(saved)) is architecture.model
     model = AutoModelForObjectDetection.from_pretrained(saved)
-    assert type(model) is DePerceiverForObjectDetection
+    assert type(model) is architecture.detector
     assert model.config.id2label == {0: "cat", 1: "dog"}
-    weights = tiny_model().state_dict()
+    weights = architecture.tiny_model().state_dict()
     restored = model.state_dict()
     assert restored.keys() == weights.keys()
     assert all(torch.equal(restored[name], weights[name]) for name in weights)
 
 
-def test_auto_classes_make_a_model_from_a_config():
-    assert type(AutoModelForObjectDetection.from_config(tiny_model().config)) is DePerceiverForObjectDetection
-    assert DePerceiverForObjectDetection in MODEL_FOR_OBJECT_DETECTION_MAPPING.values()
+def test_auto_classes_make_a_model_from_a_config(architecture):
+    config = architecture.tiny_model().config
+    assert type(AutoModelForObjectDetection.from_config(config)) is architecture.detector
+    assert architecture.detector in MODEL_FOR_OBJECT_DETECTION_MAPPING.values()
 
 
-@pytest.mark.parametrize("backend", [DePerceiverImageProcessor, DePerceiverImageProcessorPil])
-def test_processor_code_is_saved_by_either_backend(backend, tmp_path):
-    tiny_processor(backend).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == PROCESSOR_FILES
+@pytest.mark.parametrize("pil", [False, True])
+def test_processor_code_is_saved_by_either_backend(architecture, pil, tmp_path):
+    architecture.tiny_processor(pil).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == architecture.processor_files
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["auto_map"]["AutoImageProcessor"] == [
-        "image_processing_pil_deperceiver.DePerceiverImageProcessorPil",
-        "image_processing_deperceiver.DePerceiverImageProcessor",
+        f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
+        for cls in (architecture.pil_processor, architecture.processor)
     ]
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is architecture.processor
+    assert loaded.size == {"shortest_edge": 48, "longest_edge": 80}
 
 
-def test_pipeline_detects_in_pixels_of_the_image_and_does_not_complain(saved, photo):
+def test_pipeline_detects_in_pixels_of_the_image_and_does_not_complain(architecture, saved, photo):
     with CaptureLogger(get_logger("transformers.pipelines.base")) as log:
         detector = pipeline("object-detection", model=str(saved))
     assert "not supported" not in log.out
-    assert type(detector.model) is DePerceiverForObjectDetection
-    assert type(detector.image_processor) is DePerceiverImageProcessor
+    assert type(detector.model) is architecture.detector
+    assert type(detector.image_processor) is architecture.processor
 
     detections = detector(str(photo), threshold=0)
-    model, processor = tiny_model(), tiny_processor()
+    model, processor = architecture.tiny_model(), architecture.tiny_processor()
     with torch.no_grad():
         outputs = model(**processor(Image.open(photo), return_tensors="pt"))
     expected = processor.post_process_object_detection(outputs, 0, [(60, 90)])[0]
@@ -164,7 +221,7 @@ def run_without_the_package(code: str, directory: Path) -> subprocess.CompletedP
     return process
 
 
-def test_copied_directory_runs_without_the_package(saved, photo, tmp_path):
+def test_copied_directory_runs_without_the_package(architecture, saved, photo, tmp_path):
     copy = tmp_path / "a copy.of" / "the-model_1.0"
     shutil.copytree(saved, copy)
     code = f"""
@@ -192,12 +249,15 @@ print(json.dumps({{
     process = run_without_the_package(code, tmp_path)
     result = json.loads(process.stdout.splitlines()[-1])
     assert result["classes"] == [
-        "DePerceiverForObjectDetection",
-        "DePerceiverImageProcessor",
-        "DePerceiverImageProcessorPil",
-        "DePerceiverConfig",
-        "DePerceiverForObjectDetection",
-        "DePerceiverImageProcessor",
+        cls.__name__
+        for cls in (
+            architecture.detector,
+            architecture.processor,
+            architecture.pil_processor,
+            architecture.config,
+            architecture.detector,
+            architecture.processor,
+        )
     ]
     assert all(result["remote"])
     assert "not supported" not in process.stdout + process.stderr
@@ -207,14 +267,14 @@ print(json.dumps({{
     for detection, ours in zip(result["detections"], expected, strict=True):
         assert detection["score"] == pytest.approx(ours["score"], abs=1e-5)
         assert (detection["label"], detection["box"]) == (ours["label"], ours["box"])
-    again = tmp_path / "elsewhere" / "again"
-    assert {path.name for path in again.iterdir() if path.is_file()} == MODEL_FILES | PROCESSOR_FILES
+    again = {path.name for path in (tmp_path / "elsewhere" / "again").iterdir() if path.is_file()}
+    assert again == architecture.model_files | architecture.processor_files
 
 
-def test_local_classes_are_used_where_the_package_is_imported(saved):
+def test_local_classes_are_used_where_the_package_is_imported(architecture, saved):
     detector = pipeline("object-detection", model=str(saved), trust_remote_code=True)
-    assert type(detector.model) is DePerceiverForObjectDetection
-    assert type(detector.image_processor) is DePerceiverImageProcessor
+    assert type(detector.model) is architecture.detector
+    assert type(detector.image_processor) is architecture.processor
 
 
 def test_importing_the_package_says_nothing():
@@ -225,7 +285,7 @@ def test_importing_the_package_says_nothing():
     assert "[transformers]" not in process.stderr
 
 
-def test_model_and_processor_are_pushed_with_their_code(monkeypatch):
+def test_model_and_processor_are_pushed_with_their_code(architecture, monkeypatch):
     commits = []
 
     def create_commit(self, repo_id, operations, **kwargs):
@@ -239,9 +299,9 @@ def test_model_and_processor_are_pushed_with_their_code(monkeypatch):
     monkeypatch.setattr(
         hub, "create_and_tag_model_card", lambda *args, **kwargs: huggingface_hub.ModelCard("---\n{}\n---\n")
     )
-    tiny_model().push_to_hub("someone/tiny-deperceiver")
-    tiny_processor().push_to_hub("someone/tiny-deperceiver")
+    architecture.tiny_model().push_to_hub("someone/tiny-deperceiver")
+    architecture.tiny_processor().push_to_hub("someone/tiny-deperceiver")
     (model_repo, model_files), (processor_repo, processor_files) = commits
     assert model_repo == processor_repo == "someone/tiny-deperceiver"
-    assert model_files - {"README.md"} == MODEL_FILES
-    assert processor_files - {"README.md"} == PROCESSOR_FILES
+    assert model_files - {"README.md"} == architecture.model_files
+    assert processor_files - {"README.md"} == architecture.processor_files

@@ -5,17 +5,26 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from conftest import tiny_model
-from deperceiver_hf import DePerceiverImageProcessor
+from conftest import tiny_model, tiny_v2_model
+from deperceiver_hf import DePerceiverImageProcessor, DePerceiverV2ImageProcessor
 from deperceiver_hf.data import DetectionCollator, DetectionDataset, load_detection_data
 
 
-@pytest.mark.parametrize("decoder_type", ["cross_attention", "layered"])
-def test_trainer_trains_and_gathers_predictions_only(tmp_path, decoder_type):
+@pytest.mark.parametrize(
+    ("make_model", "fields", "processor", "logits_shape"),
+    [
+        (tiny_model, {"decoder_type": "cross_attention"}, DePerceiverImageProcessor, (7, 1)),
+        (tiny_model, {"decoder_type": "layered"}, DePerceiverImageProcessor, (7, 1)),
+        (tiny_v2_model, {}, DePerceiverV2ImageProcessor, (9, 0)),
+        (tiny_v2_model, {"query_selection": False}, DePerceiverV2ImageProcessor, (9, 0)),
+    ],
+    ids=["cross_attention", "layered", "v2", "v2_learned"],
+)
+def test_trainer_trains_and_gathers_predictions_only(tmp_path, make_model, fields, processor, logits_shape):
     data = load_detection_data("synthetic", "train", image_size=64, max_samples=4)
     size = {"shortest_edge": 64, "longest_edge": 64}
-    collate = DetectionCollator(DePerceiverImageProcessor(size=size), do_resize=True)
-    model = tiny_model(decoder_type=decoder_type, num_labels=len(data.label_names))
+    collate = DetectionCollator(processor(size=size), do_resize=True)
+    model = make_model(num_labels=len(data.label_names), **fields)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
@@ -47,5 +56,6 @@ def test_trainer_trains_and_gathers_predictions_only(tmp_path, decoder_type):
     (batches,) = gathered
     for batch in batches:
         logits, boxes = batch
-        assert logits.shape == (2, 7, len(data.label_names) + 1)
-        assert boxes.shape == (2, 7, 4)
+        queries, no_object = logits_shape
+        assert logits.shape == (2, queries, len(data.label_names) + no_object)
+        assert boxes.shape == (2, queries, 4)

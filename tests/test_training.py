@@ -93,6 +93,7 @@ RESUMED_RUNS = {
     },
     "killed in the second epoch": {"checkpointing_steps": 3, "lr_drop": 1, "group_by_aspect_ratio": True},
     "killed in bfloat16": {"checkpointing_steps": 2, "use_bfloat": True, "log_every": 5},
+    "killed in the second epoch, evaluated within": {"checkpointing_steps": 3, "eval_steps": 7},
 }
 
 
@@ -103,7 +104,7 @@ def test_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch, scripted_
     straight = DetectionTrainer(tiny_options(tmp_path / "straight", **options))
     expected = straight.train()
 
-    scripted_ap(*((0.2, 0.1, 0.1) if "second" in name else (0.2, 0.1)))
+    scripted_ap(*((0.2, 0.2, 0.1) if "within" in name else (0.2, 0.1)))  # the first evaluation is done again
     train_until_killed(tmp_path / "resumed", monkeypatch, 8 if "second" in name else 3, **options)
     torch.manual_seed(99)  # nothing is left of the random state
     resumed = DetectionTrainer(tiny_options(tmp_path / "resumed", **options, resume="auto"))
@@ -148,12 +149,23 @@ def test_a_signal_saves_the_state_and_ends_with_130(tmp_path, monkeypatch, capsy
     assert_equal_weights(weights_of(straight), weights_of(resumed))
 
 
+def test_stopped_at_an_evaluation_it_is_made_when_resumed(tmp_path, monkeypatch, scripted_ap):
+    scripted_ap(0.1, 0.2, 0.3)
+    options = {"eval_every": 1, "eval_steps": 4, "save_top_k": 1}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert DetectionTrainer(tiny_options(tmp_path, **options)).train().interrupted
+    DetectionTrainer(tiny_options(tmp_path, **options, resume="auto")).train()
+    assert [line["step"] for line in read_log(tmp_path, "eval")] == [4, 8, 12]
+    assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-002-step-12"]
+
+
 def run_script(monkeypatch, options, *arguments: str) -> int:
     """Exit code of `scripts/train.py` with what differs from the defaults in `options` as flags."""
     flags = []
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name != "report_to" and value not in (field.default, None):
+        if not isinstance(value, list) and value not in (field.default, None):
             flags += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -182,6 +194,25 @@ def test_kill_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").glob("*.incomplete"))
     resumed.train()
     assert_equal_weights(weights_of(straight), weights_of(resumed))
+
+
+def test_cached_images_change_nothing_and_may_be_cached_from_then_on(tmp_path, monkeypatch):
+    plain = DetectionTrainer(tiny_options(tmp_path / "plain", augmentation="crop"))
+    plain.train()
+    cached = DetectionTrainer(tiny_options(tmp_path / "cached", augmentation="crop", cache_images=True))
+    cached.train()
+    assert_equal_weights(weights_of(plain), weights_of(cached))
+    train_until_killed(tmp_path / "run", monkeypatch, 8, augmentation="crop")
+    resumed = DetectionTrainer(tiny_options(tmp_path / "run", augmentation="crop", cache_images=True, resume="auto"))
+    resumed.train()
+    assert_equal_weights(weights_of(plain), weights_of(resumed))
+
+
+def test_boundaries_of_size_reach_the_evaluation(tmp_path):
+    """An object is between 7 and 110 pixels large; only with moved boundaries is there none that is small."""
+    for sizes, small in (([32, 96], True), ([5, 6], False)):
+        run = DetectionTrainer(tiny_options(tmp_path / str(small), size_boundaries=sizes, epochs=1, eval_every=1))
+        assert (run.train().metrics["ap_small"] >= 0) == small
 
 
 def test_more_epochs_go_on_and_other_options_are_refused(tmp_path):
@@ -257,23 +288,28 @@ def test_best_models_are_kept_ready_to_use(tmp_path, scripted_ap):
         ({"eval_every": 2, "epochs": 5}, [2, 4, 5]),
         ({"eval_every": 1, "max_steps": 3}, [1, 1.5]),
         ({"eval_every": 0}, []),
+        ({"eval_every": 1, "eval_steps": 3, "epochs": 5}, [1.5, 3, 4.5, 5]),
     ],
 )
 def test_when_a_run_evaluates(tmp_path, scripted_ap, options, evaluated):
     scripted_ap(*[0.1] * 5)
-    DetectionTrainer(tiny_options(tmp_path, max_train_samples=4, **options)).train()
+    run = DetectionTrainer(tiny_options(tmp_path, max_train_samples=4, **options))
+    run.train()
     assert [line["epoch"] for line in read_log(tmp_path, "eval")] == evaluated
+    if evaluated:
+        assert run.progress.best[0].step == 2 * evaluated[-1]
     AutoModelForObjectDetection.from_pretrained(tmp_path / "last")
 
 
 def test_evaluation_is_that_of_the_saved_model_and_leaves_training_alone(tmp_path):
     runs = []
-    for every in (0, 1):
+    for name, every in {"never": {}, "epochs": {"eval_every": 1}, "steps": {"eval_every": 1, "eval_steps": 3}}.items():
         AcceleratorState._reset_state(reset_partial_state=True)
-        runs.append(DetectionTrainer(tiny_options(tmp_path / str(every), eval_every=every, max_train_samples=4)))
+        runs.append(DetectionTrainer(tiny_options(tmp_path / name, dropout=0.1, max_train_samples=4, **every)))
         runs[-1].train()
-    assert_equal_weights(weights_of(runs[0]), weights_of(runs[1]))
-    lines = read_log(tmp_path / "1", "eval")
+        assert_equal_weights(weights_of(runs[0]), weights_of(runs[-1]))
+    assert [line["step"] for line in read_log(tmp_path / "steps", "eval")] == [3, 4]
+    lines = read_log(tmp_path / "epochs", "eval")
     assert [line["step"] for line in lines] == [2, 4]
     assert {"ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"} <= lines[0].keys()
 
@@ -288,6 +324,8 @@ SCHEDULES = {
         {"lr_scheduler": "cosine", "warmup_steps": 5},
         lambda step: step / 5 if step < 5 else 0.5 + 0.5 * math.cos(math.pi * (step - 5) / 10),
     ),
+    "wsd": ({"lr_scheduler": "wsd", "warmup_steps": 2}, lambda step: min(1, step / 2, (15 - step) / 6)),
+    "wsd with a long decay": ({"lr_scheduler": "wsd", "decay_fraction": 0.8}, lambda step: min(1, (15 - step) / 12)),
 }
 
 
@@ -308,6 +346,60 @@ def test_learning_rate_of_every_step(tmp_path, name):
         assert rates == pytest.approx({"lr": 0.2 * factor(step), "lr_backbone": 0.01 * factor(step)})
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("linear", lambda used: 1 - used),
+        ("cosine", lambda used: 0.5 + 0.5 * math.cos(math.pi * used)),
+        ("wsd", lambda used: min(1, (1 - used) / 0.4)),
+    ],
+)
+def test_schedule_ends_with_the_time_if_that_comes_before_the_steps(name, factor):
+    optimizer = torch.optim.SGD([{"name": "model", "params": [torch.zeros(1)]}], lr=1.0)
+    options = tiny_options(Path("unused"), lr_scheduler=name)
+    used = 0.0
+    scheduler = create_scheduler(optimizer, options, 10, 1000, lambda: used)
+    for step in range(1, 11):
+        used = step / 10
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.get_last_lr() == pytest.approx([factor(used)])
+    used = 0.001  # the steps are further on
+    for _ in range(590):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([factor(0.6)])
+
+
+class Clock:
+    """Stands in for the module `time`: ten seconds pass in every optimizer step."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        original = DetectionTrainer._loss
+
+        def loss_of_ten_seconds(run, batch):
+            self.now += 10
+            return original(run, batch)
+
+        monkeypatch.setattr(DetectionTrainer, "_loss", loss_of_ten_seconds)
+        monkeypatch.setattr(trainer, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_limited_by_time_a_run_decays_to_its_end_also_when_resumed(tmp_path, monkeypatch):
+    Clock(monkeypatch)
+    options = {"epochs": 1000, "max_minutes": 100 / 60, "lr_scheduler": "wsd", "lr": 1.0}
+    expected = [min(1, (1 - step / 10) / 0.4) for step in range(10)]
+    DetectionTrainer(tiny_options(tmp_path / "straight", **options)).train()
+    train_until_killed(tmp_path / "resumed", monkeypatch, 8, checkpointing_steps=7, **options)
+    DetectionTrainer(tiny_options(tmp_path / "resumed", resume="auto", **options)).train()
+    for name in ("straight", "resumed"):
+        assert [line["lr"] for line in read_log(tmp_path / name, "train")] == pytest.approx(expected)
 
 
 def test_step_schedule_is_that_of_torch():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.evaluation import evaluate_detector
-from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError
+from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
+from deperceiver_hf.training.optimization import learning_rates
 from training_runs import TINY_DEPERCEIVER, read_log, tiny_options
 
 # Images of one size, so that none is padded, and nothing that is random or depends on the rest of the batch.
@@ -55,6 +57,14 @@ def work(directory: Path) -> None:
     save_file(
         scratch.model.module.state_dict(), directory / f"scratch-{scratch.accelerator.process_index}.safetensors"
     )
+    if scratch.accelerator.process_index == 1:
+        trainer.time = SimpleNamespace(perf_counter=lambda: 0.0)  # its clock stands still
+    timed = DetectionTrainer(
+        run_options(directory / "timed", epochs=1000, max_minutes=0.01, lr_scheduler="linear", eval_every=0)
+    )
+    timed.train()
+    outcome = [timed.progress.step, learning_rates(timed.optimizer)]
+    (directory / f"timed-{scratch.accelerator.process_index}.json").write_text(json.dumps(outcome))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +119,12 @@ def test_processes_evaluate_the_model_that_is_saved(two_processes):
         held = load_file(two_processes / f"scratch-{index}.safetensors")
         assert held.keys() == saved.keys()
         assert [name for name in saved if not torch.equal(saved[name], held[name])] == []
+
+
+def test_processes_go_by_one_clock(two_processes):
+    outcomes = [json.loads((two_processes / f"timed-{index}.json").read_text()) for index in range(2)]
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][1] == {"lr": 0, "lr_backbone": 0}
 
 
 def test_another_number_of_processes_cannot_resume(two_processes):

@@ -28,6 +28,22 @@ TINY_DETR = {
     "nheads": 2,
     "num_queries": 12,
 }
+_TINY_RIVAL = {
+    "backbone": "test_resnet",
+    "no_pretrained_backbone": True,
+    "dec_layers": 2,
+    "hidden_dim": 16,
+    "nheads": 2,
+    "num_queries": 12,
+}
+TINY_ARCHITECTURES = {
+    "deperceiver": TINY_DEPERCEIVER,
+    "deperceiver_v2": {**_TINY_RIVAL, "architecture": "deperceiver_v2", "preset": "nano"},
+    "detr": TINY_DETR,
+    "deformable_detr": {**_TINY_RIVAL, "architecture": "deformable_detr", "enc_layers": 1, "hidden_dim": 64},
+    "rt_detr_v2": {**_TINY_RIVAL, "architecture": "rt_detr_v2"},
+    "d_fine": {**_TINY_RIVAL, "architecture": "d_fine"},
+}
 
 
 def tiny_options(output_dir: Path, model: dict[str, Any] = TINY_DEPERCEIVER, **options: Any) -> TrainingOptions:

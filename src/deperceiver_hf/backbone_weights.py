@@ -10,11 +10,10 @@ from pathlib import Path
 
 import timm
 import torch
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, AutoBackbone, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_deperceiver import DePerceiverConfig
-from .modeling_deperceiver import DePerceiverForObjectDetection
+from .configuration_deperceiver import DePerceiverBackboneConfig
 
 logger = logging.get_logger(__name__)
 
@@ -22,12 +21,12 @@ DEFAULT_PRETRAINED_BACKBONE = "resnet50.tv_in1k"  # torchvision's ImageNet weigh
 
 
 def create_model(
-    config: DePerceiverConfig, pretrained_backbone: str | PathLike | None = DEFAULT_PRETRAINED_BACKBONE
-) -> DePerceiverForObjectDetection:
+    config: DePerceiverBackboneConfig, pretrained_backbone: str | PathLike | None = DEFAULT_PRETRAINED_BACKBONE
+) -> PreTrainedModel:
     """Make a new model, with pretrained weights in its backbone and everything else initialised at random.
 
     Args:
-        config (`DePerceiverConfig`): Architecture and labels.
+        config ([`DePerceiverConfig`] or [`DePerceiverV2Config`]): Architecture and labels; decides the model's class.
         pretrained_backbone (`str` or `PathLike`, *optional*): For a timm backbone, the name of a timm model with
             weights of the same architecture (such as `"resnet50.tv_in1k"`), or a file with its state dict
             (`.safetensors`, `.pth`, `.bin`). For another backbone, a Hub id or directory that
@@ -37,7 +36,7 @@ def create_model(
         OSError: The weights cannot be downloaded or read.
         ValueError: The weights are of another architecture.
     """
-    model = DePerceiverForObjectDetection(config)
+    model = MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)](config)
     if pretrained_backbone is None:
         if config.freeze_batch_norm and not config.freeze_backbone:
             logger.warning(

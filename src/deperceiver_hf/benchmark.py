@@ -22,11 +22,12 @@ from tqdm.auto import tqdm
 
 from .cost import check_image_size, count_cost
 from .output_files import atomic_path, require_writable_file, write_json
-from .variants import DEFAULT_NUM_LATENTS, VARIANT_NAMES, make_variant
+from .variants import DEFAULT_BACKBONE, DEFAULT_NUM_LATENTS, VARIANT_NAMES, make_variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TIMED_BY_DEFAULT = ("detr-32", "detr-16", "deperceiver-32", "deperceiver-16")
 OUT_OF_MEMORY = "out of memory"
+OWN_BACKBONES = f"{DEFAULT_BACKBONE}, or that of the preset"
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """Rows of figures by model name, with what they depend on.
+    """Rows of figures by name, with what they depend on.
 
     Attributes:
-        kind: `"cost"` or `"time"`.
+        kind: `"cost"`, `"time"` or `"scaling"`.
         settings: Image size, latents, device and so on.
-        rows: Figures by model name, in plain units (FLOPs, elements, seconds, bytes).
+        rows: Figures by name, in plain units (FLOPs, elements, seconds, bytes).
         columns: Title of each column of the table, and how it reads a row.
     """
 
@@ -94,7 +95,7 @@ def compare_costs(
     *,
     height: int = 800,
     width: int = 800,
-    backbone: str = "resnet50",
+    backbone: str | None = None,
     num_latents: int = DEFAULT_NUM_LATENTS,
 ) -> BenchmarkReport:
     """Count FLOPs, activations and parameters of models for one image; see [`~deperceiver_hf.cost.count_cost`].
@@ -102,21 +103,21 @@ def compare_costs(
     Args:
         models: Names of [`~deperceiver_hf.variants.VARIANT_NAMES`].
         height, width: Size of the image in pixels.
-        backbone: Name of a timm model, the same for all.
-        num_latents: Length of DePerceiver's latent array.
+        backbone: Name of a timm model for all; if not given, see [`~deperceiver_hf.variants.make_variant`].
+        num_latents: Length of the latent array of the first DePerceiver.
 
     Raises:
         ValueError: An argument is out of range.
     """
     check_models(models)
-    _check_at_least_one(num_latents=num_latents)
+    check_at_least_one(num_latents=num_latents)
     rows = {}
     for name in models:
         make = partial(make_variant, name, backbone=backbone, num_latents=num_latents, attn_implementation="eager")
         rows[name] = asdict(count_cost(make, height, width))
     return BenchmarkReport(
         kind="cost",
-        settings={"height": height, "width": width, "backbone": backbone, "num_latents": num_latents},
+        settings={"height": height, "width": width, "backbone": backbone or OWN_BACKBONES, "num_latents": num_latents},
         rows=rows,
         columns={
             "tokens": lambda row: f"{row['tokens']:,}",
@@ -125,6 +126,7 @@ def compare_costs(
             "GFLOPs after it": lambda row: f"{row['flops_after_backbone'] / 1e9:,.1f}",
             "activations after it (M)": lambda row: f"{row['activations_after_backbone'] / 1e6:,.1f}",
             "of them attention weights (M)": lambda row: f"{row['attention_weights'] / 1e6:,.1f}",
+            "peak memory after it (MiB)": lambda row: f"{row['peak_memory'] / 2**20:,.0f}",
         },
     )
 
@@ -135,7 +137,7 @@ def compare_times(
     height: int = 800,
     width: int = 800,
     batch_size: int = 1,
-    backbone: str = "resnet50",
+    backbone: str | None = None,
     num_latents: int = DEFAULT_NUM_LATENTS,
     device: str = "cpu",
     dtype: str = "float32",
@@ -151,8 +153,8 @@ def compare_times(
         models: Names of [`~deperceiver_hf.variants.VARIANT_NAMES`]. The first is what the others are compared with.
         height, width: Size of the images in pixels; they are not padded.
         batch_size: Number of images.
-        backbone: Name of a timm model, the same for all.
-        num_latents: Length of DePerceiver's latent array.
+        backbone: Name of a timm model for all; if not given, see [`~deperceiver_hf.variants.make_variant`].
+        num_latents: Length of the latent array of the first DePerceiver.
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         attn_implementation: `"eager"`, `"sdpa"`, or another of transformers'.
@@ -167,14 +169,14 @@ def compare_times(
     """
     check_models(models)
     check_image_size(height, width)
-    _check_at_least_one(batch_size=batch_size, repeats=repeats, num_latents=num_latents)
+    check_at_least_one(batch_size=batch_size, repeats=repeats, num_latents=num_latents)
     if warmup < 0:
         raise ValueError(f"warmup must be at least 0, not {warmup}.")
     if compile and warmup == 0:
         raise ValueError("a compiled model is compiled in its first pass: warmup must be at least 1, not 0.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    target = _find_device(device)
+    target = find_device(device)
     made: dict[str, nn.Module] = {}
     for name in models:
         model = make_variant(name, backbone=backbone, num_latents=num_latents, attn_implementation=attn_implementation)
@@ -191,9 +193,9 @@ def compare_times(
             "height": height,
             "width": width,
             "batch_size": batch_size,
-            "backbone": backbone,
+            "backbone": backbone or OWN_BACKBONES,
             "num_latents": num_latents,
-            "device": torch.cuda.get_device_name(target) if target.type == "cuda" else _cpu_name(),
+            "device": device_name(target),
             "threads": torch.get_num_threads() if target.type == "cpu" else None,
             "dtype": dtype,
             "attn_implementation": attn_implementation,
@@ -307,7 +309,8 @@ def _quartiles(values: list[float]) -> tuple[float, float] | None:
     return first, third
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of this name; raises `ValueError` if there is none."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -319,11 +322,18 @@ def _find_device(name: str) -> torch.device:
     return device
 
 
-def _cpu_name() -> str:
-    return f"cpu ({platform.machine()})"
+def device_name(device: torch.device) -> str:
+    """What a device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"cpu ({models[0] if models else platform.machine()})"
 
 
-def _check_at_least_one(**values: int) -> None:
+def check_at_least_one(**values: int) -> None:
+    """Refuse values below 1 with a `ValueError`."""
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}.")

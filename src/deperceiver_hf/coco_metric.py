@@ -36,7 +36,8 @@ def _import_evaluate():
 evaluate = _import_evaluate()
 
 COCO_MAX_DETECTIONS = (1, 10, 100)
-COCO_AREA_BOUNDARIES = (32.0**2, 96.0**2)  # pixels^2: small | medium | large
+COCO_SIZE_BOUNDARIES = (32.0, 96.0)  # sides of squares in pixels: small | medium | large
+COCO_AREA_BOUNDARIES = (32.0**2, 96.0**2)  # their areas
 
 _PREDICTION = ("image_id", "scores", "labels", "boxes")
 _REFERENCE = ("image_id", "labels", "bbox")
@@ -82,9 +83,7 @@ class CocoDetectionMetric(evaluate.Metric):
     ):
         self.label_names = None if label_names is None else unique_names(label_names)
         self.max_detections = check_max_detections(max_detections)
-        self.area_boundaries = tuple(float(boundary) for boundary in area_boundaries)
-        if len(self.area_boundaries) != 2 or not 0 < self.area_boundaries[0] < self.area_boundaries[1]:
-            raise ValueError(f"area_boundaries must be two ascending areas in pixels^2, got {area_boundaries}.")
+        self.area_boundaries = check_area_boundaries(area_boundaries)
         if "cache_dir" not in kwargs:
             # evaluate makes its cache directory even if nothing is written to it; home may be read-only.
             self._cache = tempfile.TemporaryDirectory(prefix="coco_metric_", ignore_cleanup_errors=True)
@@ -177,6 +176,27 @@ def check_max_detections(max_detections: Sequence[int]) -> tuple[int, ...]:
     if not numbers or numbers[0] < 1 or any(low >= high for low, high in itertools.pairwise(numbers)):
         raise ValueError(f"max_detections must be ascending positive integers such as (1, 10, 100), got {numbers}.")
     return numbers
+
+
+def check_area_boundaries(area_boundaries: Sequence[float]) -> tuple[float, float]:
+    """`area_boundaries` as a tuple, or a `ValueError` if they are not two ascending areas."""
+    areas = tuple(float(area) for area in area_boundaries)
+    if len(areas) != 2 or not 0 < areas[0] < areas[1] < float("inf"):
+        raise ValueError(f"area_boundaries must be two ascending areas in pixels^2, got {area_boundaries}.")
+    return areas
+
+
+def areas_of_sizes(size_boundaries: Sequence[float]) -> tuple[float, float]:
+    """The `area_boundaries` of squares with these two sides in pixels, e.g. `COCO_SIZE_BOUNDARIES`.
+
+    Raises:
+        ValueError: they are not two ascending lengths.
+    """
+    sides = tuple(float(side) for side in size_boundaries)
+    if len(sides) != 2 or not 0 < sides[0] < sides[1] < float("inf"):
+        given = " ".join(str(side) for side in size_boundaries)
+        raise ValueError(f"size_boundaries must be two ascending sides in pixels such as 32 96, got {given}.")
+    return check_area_boundaries([side**2 for side in sides])
 
 
 def unique_names(label_names: Iterable[str]) -> list[str]:

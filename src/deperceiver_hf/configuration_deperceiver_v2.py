@@ -14,6 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 96,
         "num_attention_heads": 4,
         "num_queries": 60,
+        "num_context_latents": 8,
         "decoder_layers": 3,
         "num_denoising_queries": 40,
     },

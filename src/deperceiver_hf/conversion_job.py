@@ -12,7 +12,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 
 from .convert_original import load_original
 from .image_processing_deperceiver import DePerceiverImageProcessor
-from .model_card import make_model_card
+from .model_cards import make_model_card
 from .modeling_deperceiver import DePerceiverForObjectDetection
 from .output_files import require_writable_directory
 from .saved_models import load_detector

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a detector costs for one image of a given size, counted and not timed: FLOPs, activations, parameters.
+"""What a detector costs for one image of a given size, counted and not timed: FLOPs, activations, memory, parameters.
 
-The model is made and run on PyTorch's meta device, where arrays have shapes but no contents, so a count takes a
-fraction of a second and no memory, also for models that no machine could run.
+The model is made on PyTorch's meta device and run on fake tensors, which have shapes but no contents, so a count takes
+seconds and no memory, also for models that no machine could run.
 
 A multiplication with its addition counts as 2 FLOPs, and only matrix products and convolutions count, as in
-`torch.utils.flop_counter`. By hand, for one image, with N tokens of D channels made from C channels of a single
-feature map, M latents of L channels, S self-attention layers passed, Q queries, K class logits (no-object included),
-widening factors 1 and the decoder of a single cross-attention:
+`torch.utils.flop_counter`.
+
+DePerceiver by hand, for one image, with N tokens of D channels made from C channels of a single feature map, M latents
+of L channels, S self-attention layers passed, Q queries, K class logits (no-object included), widening factors 1 and
+the decoder of a single cross-attention:
 
     1x1 convolution to tokens      2 N C D
     latents read the tokens        2 M L^2 (queries) + 4 N D L (keys, values) + 4 M N L (scores, sum)
@@ -19,19 +21,47 @@ widening factors 1 and the decoder of a single cross-attention:
 N occurs in the first two rows only, and not squared: what follows the backbone is an affine function of N with the
 slope 2 C D + 4 D L + 4 M L. DETR's encoder has N^2 in every layer (4 N^2 D for scores and sum).
 
+DePerceiver v2 by hand, with N = N_1 + N_2 + ... tokens made from C_1, C_2, ... channels of G feature maps, Q object
+latents and M latents in all, H heads with F = 6 + G position features of each key (in float32) and E = 8 of each value
+(0 without `read_offsets`), K class logits, widening factor W:
+
+    1x1 convolutions to tokens     2 D (N_1 C_1 + N_2 C_2 + ...)
+    selection                      2 N D^2 + 2 N D K (tokens) + 2 Q D^2 (content) + 4 Q D^2 + 8 Q D (boxes)
+    in every block:
+      keys and values              4 N D^2 (once for all blocks if they share them)
+      positions of the boxes       6 Q D^2
+      self-attention               8 M D^2 (four projections) + 4 M^2 D (scores, sum)
+      latents read the tokens      4 M D^2 (queries, output) + 2 Q D H (4 + G) (where they look)
+                                   + 2 M N (D + H F) (scores) + 2 M N (D + H E) (sum)
+                                   + 4 Q H D (where they have read, with `read_offsets`)
+      MLP                          4 W M D^2
+      heads                        4 Q D^2 + 8 Q D (boxes) + 2 Q D K (classes)
+
+The number of latents does not depend on the image, so again all is affine in the N_i; nothing has N^2. Nor has
+`context_write_back`, a block and an attention between the tokens and the few context latents.
+
 Activations are the elements that these matrix products and convolutions put out, the usual count, and with attention
-computed plainly, so that its weights (M N for DePerceiver, heads N^2 per encoder layer for DETR) are among them. They
-are also given alone: fused attention kernels do not store them.
+computed plainly, so that its weights (M N for DePerceiver, H M N per block for v2, heads N^2 per encoder layer for
+DETR) are among them. They are also given alone: fused attention kernels do not store them.
+
+Peak memory is what is alive at once when a plain forward pass without gradients runs, operation by operation.
 """
 
+import contextlib
+import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DetrForObjectDetection
+
+from .variants import with_backbone
 
 MATRIX_PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -55,6 +85,8 @@ class Cost:
         flops_after_backbone: FLOPs of all that follows: projection, encoder, decoder and heads.
         activations_after_backbone: Elements put out by the matrix products and convolutions after the backbone.
         attention_weights: Those of them that are attention weights.
+        peak_memory: Bytes of all arrays that are alive at once, at most, after the backbone: feature maps included,
+            but neither the weights nor what a kernel uses inside.
     """
 
     tokens: int
@@ -64,6 +96,7 @@ class Cost:
     flops_after_backbone: int
     activations_after_backbone: int
     attention_weights: int
+    peak_memory: int
 
     @property
     def flops(self) -> int:
@@ -75,8 +108,8 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
     """Count what a detector costs for one image without padding.
 
     Args:
-        make_model: Makes a DePerceiver, transformers' DETR or a [`~deperceiver_hf.variants.MultiscaleDetr`], with
-            eager attention.
+        make_model: Makes a DePerceiver of either architecture, transformers' DETR or a
+            [`~deperceiver_hf.variants.MultiscaleDetr`], with eager attention.
         height, width: Size of the image that the model sees, in pixels.
         num_channels: Of the image.
 
@@ -84,49 +117,77 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
         ValueError: The image is smaller than a cell, or attention is not eager.
     """
     check_image_size(height, width)
-    with torch.device("meta"):
-        model = make_model().eval().requires_grad_(False)
-        pixel_values = torch.empty(1, num_channels, height, width)
-    detector = getattr(model, "model", model)
-    implementation = detector.encoder.config._attn_implementation
+    model = _make_without_contents(make_model)
+    implementation = model.config._attn_implementation
     if implementation != "eager":
         raise ValueError(f"attention must be eager to count its weights, but is {implementation!r}.")
-    if isinstance(model, DetrForObjectDetection):
-        # It makes masks from a mask of ones and looks whether they hide anything, which cannot be seen on meta.
-        for part in (detector.encoder, detector.decoder):
-            part.register_forward_pre_hook(_drop_masks, with_kwargs=True)
+    backbone = with_backbone(model).backbone
+    tokens = backbone_flops = 0
+    flops, activations, memory = FlopCounterMode(display=False), _ActivationCounter(), _MemoryCounter()
 
-    at_encoder = {}
-    backbone_flops = 0
-    flops, activations = FlopCounterMode(display=False), _ActivationCounter()
-
-    def after_backbone(*_) -> None:
-        nonlocal backbone_flops
+    def after_backbone(_, args: tuple, feature_maps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        nonlocal tokens, backbone_flops
+        tokens = sum(math.prod(features.shape[-2:]) for features, _ in feature_maps)
         backbone_flops = flops.get_total_flops()
         activations.reset()
+        memory.reset_peak()
 
-    def before_encoder(_, args: tuple, kwargs: dict) -> None:
-        at_encoder["tokens"] = (args[0] if args else kwargs["inputs_embeds"]).shape[1]
-
-    detector.backbone.register_forward_hook(after_backbone)
-    detector.encoder.register_forward_pre_hook(before_encoder, with_kwargs=True)
-    with torch.no_grad(), flops, activations:
-        model(pixel_values)
+    backbone.register_forward_hook(after_backbone)
+    _run_without_contents(model, (1, num_channels, height, width), flops, activations, memory)
     return Cost(
-        tokens=at_encoder["tokens"],
+        tokens=tokens,
         parameters=_count_parameters(model),
-        backbone_parameters=_count_parameters(detector.backbone),
+        backbone_parameters=_count_parameters(backbone),
         backbone_flops=backbone_flops,
         flops_after_backbone=flops.get_total_flops() - backbone_flops,
         activations_after_backbone=activations.elements,
         attention_weights=activations.attention_weights,
+        peak_memory=memory.peak,
     )
+
+
+def count_peak_memory(make_model: Callable[[], nn.Module], height: int, width: int, num_channels: int = 3) -> int:
+    """The `peak_memory` of [`Cost`] for any attention: a fused one counts with what the CPU's kernels put out.
+
+    Args:
+        make_model, height, width, num_channels: See [`count_cost`].
+
+    Raises:
+        ValueError: The image is smaller than a cell.
+    """
+    check_image_size(height, width)
+    model = _make_without_contents(make_model)
+    memory = _MemoryCounter()
+    with_backbone(model).backbone.register_forward_hook(lambda *_: memory.reset_peak())
+    _run_without_contents(model, (1, num_channels, height, width), memory)
+    return memory.peak
 
 
 def check_image_size(height: int, width: int) -> None:
     """Refuse images that are smaller than a cell of the coarsest feature map with a `ValueError`."""
     if min(height, width) < SMALLEST_SIDE:
         raise ValueError(f"height and width must be at least {SMALLEST_SIDE} pixels, not {height} and {width}.")
+
+
+def _make_without_contents(make_model: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        model = make_model().eval().requires_grad_(False)
+    if isinstance(model, DetrForObjectDetection):
+        # It makes masks from a mask of ones and looks whether they hide anything, which cannot be seen here.
+        for part in (model.model.encoder, model.model.decoder):
+            part.register_forward_pre_hook(_drop_masks, with_kwargs=True)
+    return model
+
+
+def _run_without_contents(model: nn.Module, image_shape: tuple[int, ...], *counters: TorchDispatchMode) -> None:
+    """A forward pass on fake tensors: unlike on the meta device, the operations are those of a real device."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        pixel_values = torch.empty(image_shape)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for counter in counters:
+                stack.enter_context(counter)
+            model(pixel_values)
 
 
 class _ActivationCounter(TorchDispatchMode):
@@ -146,6 +207,34 @@ class _ActivationCounter(TorchDispatchMode):
         elif func is torch.ops.aten._softmax.default:
             self.attention_weights += output.numel()
         return output
+
+
+class _MemoryCounter(TorchDispatchMode):
+    """Follows the bytes of all arrays that operations make, until nothing refers to them any more."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}  # bytes by address of the storage
+        self.total = self.peak = 0
+
+    def reset_peak(self) -> None:
+        self.peak = self.total
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_iter(output):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.total += storage.nbytes()
+                    weakref.finalize(storage, self._release, storage._cdata)
+        self.peak = max(self.peak, self.total)
+        return output
+
+    def _release(self, address: int) -> None:
+        self.total -= self.alive.pop(address)
 
 
 def _drop_masks(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -67,7 +67,8 @@ def make_denoising_queries(targets: DetectionTargets, config: DePerceiverV2Confi
     def copies(values: torch.Tensor) -> torch.Tensor:  # (B, T, ...) -> (B, G, 2, T, ...)
         return values[:, None, None].expand(-1, num_groups, 2, *values.shape[1:])
 
-    labels = copies(class_labels)
+    # Labels out of range are refused by the matching, which comes after the forward pass.
+    labels = copies(class_labels.clamp(0, config.num_labels - 1))
     wrong = torch.rand(labels.shape, device=boxes.device) < config.label_noise_ratio
     labels = torch.where(wrong, torch.randint_like(labels, config.num_labels), labels)
 

@@ -24,7 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .coco_metric import COCO_MAX_DETECTIONS, CocoDetectionMetric, check_max_detections, xyxy_to_xywh
+from .coco_metric import (
+    COCO_AREA_BOUNDARIES,
+    COCO_MAX_DETECTIONS,
+    CocoDetectionMetric,
+    check_area_boundaries,
+    check_max_detections,
+    xyxy_to_xywh,
+)
 from .data import DetectionData, DetectionDataset, same_size_batches
 from .data.records import is_main_process
 
@@ -70,6 +77,7 @@ def evaluate_detector(
     num_workers: int = 0,
     mixed_precision: str | None = None,
     max_detections: Sequence[int] = COCO_MAX_DETECTIONS,
+    area_boundaries: tuple[float, float] = COCO_AREA_BOUNDARIES,
     batched_forward: bool = False,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -85,7 +93,8 @@ def evaluate_detector(
         batch_size: images of one process that are in memory at a time; on a CPU, also computed at a time.
         num_workers: processes that load and resize images, for each process.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`; by default what the accelerator is set to.
-        max_detections: see `CocoDetectionMetric`.
+        max_detections, area_boundaries: see `CocoDetectionMetric`. Areas are those of the data, not of the images that
+            the image processor makes of them.
         batched_forward: send all images of a batch that have the same size through the model together. Faster with a
             small model on a GPU; but then the last digits of the metrics can depend on batch size and hardware.
         progress: show a progress bar on the main process.
@@ -100,6 +109,7 @@ def evaluate_detector(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     max_detections = check_max_detections(max_detections)
+    area_boundaries = check_area_boundaries(area_boundaries)
     accelerator = accelerator or make_accelerator()
     autocast = autocast_context(accelerator, mixed_precision)
     model = accelerator.unwrap_model(model)
@@ -133,7 +143,7 @@ def evaluate_detector(
     found = sorted(gather_object(found), key=lambda detection: detection[0])
     scores: list = [None]
     if accelerator.is_main_process:
-        scores = [_score(found, data, max_detections)]
+        scores = [_score(found, data, max_detections, area_boundaries)]
     metrics = broadcast_object_list(scores)[0]
     per_class = metrics.pop("per_class")
     return EvaluationResult(
@@ -313,8 +323,10 @@ def _with_data_labels(detection: tuple, table: np.ndarray) -> tuple:
     return image_id, scores[known], labels[known], boxes[known]
 
 
-def _score(found: list[tuple], data: DetectionData, max_detections: tuple[int, ...]) -> dict:
-    metric = CocoDetectionMetric(data.label_names, max_detections=max_detections)
+def _score(
+    found: list[tuple], data: DetectionData, max_detections: tuple[int, ...], area_boundaries: tuple[float, float]
+) -> dict:
+    metric = CocoDetectionMetric(data.label_names, max_detections=max_detections, area_boundaries=area_boundaries)
     keys = ("image_id", "scores", "labels", "boxes")
     truth = data.dataset.with_format(None).select_columns(["image_id", "objects"])  # without decoding images
     references = [

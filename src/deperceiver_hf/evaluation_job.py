@@ -4,6 +4,7 @@
 import importlib.metadata
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from .coco_metric import COCO_MAX_DETECTIONS, check_max_detections
+from .coco_metric import COCO_MAX_DETECTIONS, COCO_SIZE_BOUNDARIES, areas_of_sizes, check_max_detections
 from .data import DetectionData, load_detection_data
 from .evaluation import EvaluationResult, align_labels, autocast_context, evaluate_detector, make_accelerator
 from .output_files import require_writable_file, write_json
@@ -68,6 +69,7 @@ def prepare_evaluation(
     max_samples: int | None = None,
     device: str = "auto",
     mixed_precision: str | None = None,
+    size_boundaries: Sequence[float] = COCO_SIZE_BOUNDARIES,
     **options,
 ) -> EvaluationJob:
     """Check everything that an evaluation needs before it starts.
@@ -81,6 +83,7 @@ def prepare_evaluation(
         max_samples: evaluate the first images only.
         device: `"auto"` (the accelerator's choice), `"cpu"`, `"cuda"` or `"cuda:1"`.
         mixed_precision: see `evaluate_detector`, as are the options.
+        size_boundaries: sides of squares, in pixels of the data, whose areas part small, medium and large objects.
 
     Raises:
         OSError: something is not there or cannot be written.
@@ -97,6 +100,7 @@ def prepare_evaluation(
         if options.get(name, least) < least:
             raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
     check_max_detections(options.get("max_detections", COCO_MAX_DETECTIONS))
+    area_boundaries = areas_of_sizes(size_boundaries)
     accelerator = make_accelerator(device)
     autocast_context(accelerator, mixed_precision)
     detector, image_processor = load_detector(model)
@@ -110,7 +114,7 @@ def prepare_evaluation(
         output=output_file,
         predictions=predictions_file,
         description={"model": str(model), "dataset": dataset, "split": split},
-        options={"mixed_precision": mixed_precision, **options},
+        options={"mixed_precision": mixed_precision, "area_boundaries": area_boundaries, **options},
     )
 
 

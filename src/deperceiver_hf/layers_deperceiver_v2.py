@@ -23,6 +23,7 @@ from .tokens_deperceiver_v2 import TokenGeometry
 
 HIDDEN_TOKEN = -1e4  # added to the attention logits of padding; within the range of float16
 SQUARE_SCALE = 64.0  # squares of grid positions are divided by it, to stay within the range of float16
+CHANNEL_MULTIPLE = 8  # of the channels of a head: matrix kernels are slow for odd numbers of them
 MIN_SIGMA = 0.004  # of the image's side
 FIRST_RADIUS, FIRST_SIGMA = 0.7, 0.6  # of where the heads look in a new model, in half sides of the box
 WAVELENGTHS = (64.0, 1024.0)  # of the waves that tell where a head has read, in halves of a finest cell
@@ -100,7 +101,7 @@ class PositionBias(NamedTuple):
             constant = constant + square * center.square()
         features += split(constant, splits.constant, dtype)
         ones = torch.ones_like(features[0])
-        return torch.cat((torch.stack([*features, ones], dim=-1), self.levels.to(dtype)), dim=-1)
+        return torch.cat((torch.stack([ones, *features], dim=-1), self.levels.to(dtype)), dim=-1)
 
 
 def key_features(geometry: TokenGeometry, num_levels: int, dtype: torch.dtype) -> torch.Tensor:
@@ -117,7 +118,7 @@ def key_features(geometry: TokenGeometry, num_levels: int, dtype: torch.dtype) -
     if geometry.mask is not None:
         hidden = hidden.masked_fill(~geometry.mask, HIDDEN_TOKEN)
     levels = nn.functional.one_hot(geometry.levels, num_levels).to(dtype)  # (N, L)
-    return torch.cat((torch.stack([*features, hidden], dim=-1), levels.expand(*hidden.shape, -1)), dim=-1)
+    return torch.cat((torch.stack([hidden, *features], dim=-1), levels.expand(*hidden.shape, -1)), dim=-1)
 
 
 class DePerceiverV2Float32Linear(nn.Linear):
@@ -247,11 +248,13 @@ class DePerceiverV2CrossAttention(nn.Module):
         num_features = key.shape[-1] - query.shape[-1]
         # Whoever has no place of its own sees everything but the padding.
         features = query.new_zeros(*query.shape[:-1], num_features)
-        features[..., -1 - self.config.num_feature_levels] = 1
+        features[..., 0] = 1
         num_objects = boxes.shape[1]
         if self.position_bias is not None:
             bias = self.position_bias(latents[:, :num_objects], boxes, geometry)
-            features = torch.cat((bias.query_features(key.dtype), features[:, :, num_objects:]), dim=2)
+            placed = bias.query_features(key.dtype)
+            placed = nn.functional.pad(placed, (0, num_features - placed.shape[-1]))
+            features = torch.cat((placed, features[:, :, num_objects:]), dim=2)
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
@@ -293,6 +296,7 @@ class DePerceiverV2KeyValues(nn.Module):
             for states in (self.k_proj(tokens + positions), self.v_proj(tokens))
         )
         key = _append(key, key_features(geometry, self.num_levels, key.dtype))
+        key = nn.functional.pad(key, (0, -key.shape[-1] % CHANNEL_MULTIPLE))
         return key, _append(value, wave_features(geometry, value.dtype)) if self.read_offsets else value
 
 

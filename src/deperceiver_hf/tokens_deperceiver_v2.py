@@ -94,6 +94,11 @@ def gather_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
 
 
+def all_rows(embedding: nn.Embedding, device: torch.device) -> torch.Tensor:
+    """All rows `(N, D)` of an embedding, by its forward: offloaded weights are only there while that runs."""
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
+
+
 class DePerceiverV2InputAdapter(nn.Module):
     """Turns feature maps into tokens, and gives each a position: per level a 1x1 convolution and a norm.
 
@@ -186,6 +191,6 @@ class DePerceiverV2LearnedQueries(nn.Module):
 
     def forward(self, tokens: torch.Tensor, geometry: TokenGeometry) -> SelectedTokens:
         """The latents, for as many images as `tokens` `(B, N, D)` has."""
-        content = self.content.weight.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
-        boxes = self.boxes.weight.float().sigmoid().expand(tokens.shape[0], -1, -1)
+        content = all_rows(self.content, tokens.device).expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        boxes = all_rows(self.boxes, tokens.device).float().sigmoid().expand(tokens.shape[0], -1, -1)
         return SelectedTokens(content, boxes, None, None)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the paper, by name: DePerceiver at its documented scales, and DETR at those that it was compared at.
+"""The models that are compared, by name: DePerceiver at its documented scales, DePerceiver v2 in its sizes, and DETR.
 
-A name is an architecture and a scale, such as `deperceiver-16` or `detr-multiscale`. All have random weights, the same
-backbone and the same heads; they are for counting and timing, not for training.
+A name is an architecture and a scale or size, such as `deperceiver-16`, `detr-multiscale` or `deperceiver-v2-base`.
+All have random weights and the same classes, and the same backbone unless a size of v2 brings its own; they are for
+counting and timing, not for training.
 """
+
+from collections.abc import Sequence
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -11,9 +14,12 @@ from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection
 
 from .configuration_deperceiver import DePerceiverConfig, timm_out_indices
+from .configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from .modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel
+from .modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
 
 SCALES = {"32": [32], "16": [16], "8": [8], "4": [4], "multiscale": [8, 16, 32]}
+DEFAULT_BACKBONE = "resnet50"
 DEFAULT_NUM_LATENTS = 1024  # of the original's command line
 PAPER_NUM_LATENTS = 2048
 ORIGINAL_NUM_LABELS = 91  # the original's labels are COCO's category ids, gaps included
@@ -21,11 +27,12 @@ ORIGINAL_NUM_LABELS = 91  # the original's labels are COCO's category ids, gaps 
 VARIANT_NAMES = (
     *("detr-32", "detr-16", "detr-8", "detr-multiscale"),
     *(f"deperceiver-{scale}" for scale in SCALES),
+    *(f"deperceiver-v2-{preset}" for preset in PRESETS),
 )
 
 
 def deperceiver_variant(
-    scale: str, *, backbone: str = "resnet50", num_latents: int = DEFAULT_NUM_LATENTS, **overrides
+    scale: str, *, backbone: str = DEFAULT_BACKBONE, num_latents: int = DEFAULT_NUM_LATENTS, **overrides
 ) -> DePerceiverConfig:
     """Configuration of a DePerceiver that the original documents: the decoder of a single cross-attention.
 
@@ -47,10 +54,28 @@ def deperceiver_variant(
         raise ValueError(" ".join(str(error).split())) from error
 
 
+def deperceiver_v2_variant(preset: str, *, backbone: str | None = None, **overrides) -> DePerceiverV2Config:
+    """Configuration of a DePerceiver v2 of a named size, with the classes of all other variants.
+
+    Args:
+        preset: `"nano"`, `"small"`, `"base"` or `"large"`.
+        backbone: Name of a timm model; that of the preset if not given.
+        overrides: Other fields of [`DePerceiverV2Config`].
+
+    Raises:
+        ValueError: No such preset, or the backbone has no such feature maps.
+    """
+    fields = {"num_labels": ORIGINAL_NUM_LABELS, **({} if backbone is None else {"backbone": backbone}), **overrides}
+    try:
+        return DePerceiverV2Config.from_preset(preset, **fields)
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def make_variant(
     name: str,
     *,
-    backbone: str = "resnet50",
+    backbone: str | None = None,
     num_latents: int = DEFAULT_NUM_LATENTS,
     attn_implementation: str = "sdpa",
 ) -> nn.Module:
@@ -58,8 +83,8 @@ def make_variant(
 
     Args:
         name: One of [`VARIANT_NAMES`].
-        backbone: Name of a timm model, the same for all.
-        num_latents: Length of DePerceiver's latent array; DETR has none.
+        backbone: Name of a timm model; if not given, the preset's for DePerceiver v2 and ResNet-50 for the others.
+        num_latents: Length of the latent array of the first DePerceiver; the others have none of free length.
         attn_implementation: `"eager"`, `"sdpa"`, or another of transformers'.
 
     Raises:
@@ -67,13 +92,40 @@ def make_variant(
     """
     if name not in VARIANT_NAMES:
         raise ValueError(f"there is no model {name!r}; choose from {', '.join(VARIANT_NAMES)}.")
-    architecture, scale = name.split("-")
+    architecture, _, size = name.rpartition("-")
     # As a dictionary it is for the transformer alone; timm's backbones choose for themselves.
     attention = {"": attn_implementation}
+    if architecture == "deperceiver-v2":
+        config = deperceiver_v2_variant(size, backbone=backbone, attn_implementation=attention)
+        return DePerceiverV2ForObjectDetection(config).eval()
+    backbone = backbone or DEFAULT_BACKBONE
     if architecture == "deperceiver":
-        config = deperceiver_variant(scale, backbone=backbone, num_latents=num_latents, attn_implementation=attention)
+        config = deperceiver_variant(size, backbone=backbone, num_latents=num_latents, attn_implementation=attention)
         return DePerceiverForObjectDetection(config).eval()
-    strides = SCALES[scale]
+    return make_detr(SCALES[size], backbone=backbone, attn_implementation=attn_implementation)
+
+
+def make_detr(
+    strides: Sequence[int],
+    *,
+    backbone: str = DEFAULT_BACKBONE,
+    d_model: int = 256,
+    num_heads: int = 8,
+    attn_implementation: str = "sdpa",
+) -> nn.Module:
+    """A DETR of six and six layers that reads the feature maps of these strides, in evaluation mode.
+
+    Args:
+        strides: Ascending. Of a single one the model is transformers' DETR, of several a [`MultiscaleDetr`].
+        backbone: Name of a timm model.
+        d_model: Width; that of the MLPs is eight times as much, as in the original.
+        num_heads: Heads of every attention.
+        attn_implementation: `"eager"`, `"sdpa"`, or another of transformers'.
+
+    Raises:
+        ValueError: The backbone has no such feature maps.
+    """
+    strides = list(strides)
     config = DetrConfig(
         backbone_config={
             "model_type": "timm_backbone",
@@ -81,11 +133,24 @@ def make_variant(
             "out_indices": timm_out_indices(backbone, strides[:1]),
         },
         num_labels=ORIGINAL_NUM_LABELS,
-        attn_implementation=attention,
+        d_model=d_model,
+        encoder_ffn_dim=8 * d_model,
+        decoder_ffn_dim=8 * d_model,
+        encoder_attention_heads=num_heads,
+        decoder_attention_heads=num_heads,
+        attn_implementation={"": attn_implementation},
     )
     if len(strides) == 1:
         return DetrForObjectDetection(config).eval()
-    return MultiscaleDetr(config, deperceiver_variant(scale, backbone=backbone)).eval()
+    tokens = deperceiver_variant(
+        "multiscale", backbone=backbone, feature_strides=strides, d_model=d_model, d_latents=d_model
+    )
+    return MultiscaleDetr(config, tokens).eval()
+
+
+def with_backbone(model: nn.Module) -> nn.Module:
+    """The part of a variant that has the attribute `backbone`, whose output is a list of feature maps with masks."""
+    return model if isinstance(model, MultiscaleDetr) else model.model
 
 
 class MultiscaleDetr(nn.Module):
@@ -101,6 +166,7 @@ class MultiscaleDetr(nn.Module):
 
     def __init__(self, config: DetrConfig, token_config: DePerceiverConfig):
         super().__init__()
+        self.config = config
         tokenizer, detector = DePerceiverModel(token_config), DetrForObjectDetection(config)
         self.backbone, self.input_adapter = tokenizer.backbone, tokenizer.input_adapter
         self.query_position_embeddings = detector.model.query_position_embeddings

@@ -42,7 +42,8 @@ def load_detection_data(
     Args:
         dataset: a directory in COCO's layout (see `coco`); a directory that `datasets` reads or wrote, or the id of a
             data set on the Hub (see `hub`); or `synthetic`, where integer options may follow, e.g.
-            `synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3` (see `synthetic`).
+            `synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3` (see `synthetic`); with
+            `context=1` something far away decides the class of some objects (see `context`).
         split: `train`, `val` (also `validation`) or `test`.
         strict: refuse a data set in which anything is broken, instead of repairing, counting and reporting it.
         max_samples: load the first images only.

@@ -30,9 +30,18 @@ class DetectionDataset(Dataset):
         transforms: a v2 transform of the samples described in `transforms`, or `None` to leave images as they are,
             with crowds, for evaluation.
         seed: of the augmentation.
+        cache_images: keep every image as it is decoded or painted, 3 bytes a pixel, for the next time that it is asked
+            for. Each process keeps its own: worker processes forget theirs when they end.
     """
 
-    def __init__(self, data: DetectionData, transforms: Callable | None = None, seed: int = 0):
+    def __init__(
+        self,
+        data: DetectionData,
+        transforms: Callable | None = None,
+        seed: int = 0,
+        *,
+        cache_images: bool = False,
+    ):
         self.data = data
         self.transforms = transforms
         self.seed = seed
@@ -40,6 +49,8 @@ class DetectionDataset(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         painted = data.dataset.format["type"] == "custom"  # images made on access, by the data set's own transform
         self._rows = data.dataset if painted else data.dataset.cast_column("image", Image(decode=False))
+        self._rows_without_image = data.dataset.with_format(None).remove_columns("image")
+        self._images: dict[int, tv_tensors.Image] | None = {} if cache_images else None
 
     @property
     def epoch(self) -> int:
@@ -65,19 +76,13 @@ class DetectionDataset(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[int(index)]
-        image = decode_rgb(row["image"], row["image_id"])
-        if image.size != (row["width"], row["height"]):
-            raise ValueError(
-                f"The image of image_id {row['image_id']} ({row['image']}) is {image.size} pixels (width, height), "
-                f"its record says {(row['width'], row['height'])}. Was the file replaced after loading? Load it anew."
-            )
+        row, image = self._load(int(index))
         objects = row["objects"]
         boxes = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
         boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)  # xywh -> xyxy
         sample = {
-            "image": F.to_image(image),
-            "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=(image.height, image.width)),
+            "image": image,
+            "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=tuple(image.shape[-2:])),
             "labels": torch.tensor(objects["category"], dtype=torch.int64),
             "area": torch.tensor(objects["area"], dtype=torch.float32),
             "iscrowd": torch.tensor(objects["iscrowd"], dtype=torch.bool),
@@ -85,6 +90,22 @@ class DetectionDataset(Dataset):
         if self.transforms is not None:
             sample = self._transform(sample, int(index))
         return {"image": sample["image"], "annotations": _to_coco(sample, row["image_id"])}
+
+    def _load(self, index: int) -> tuple[dict[str, Any], tv_tensors.Image]:
+        """The record of an image, and the image, which the caller may change."""
+        if self._images is not None and index in self._images:
+            return self._rows_without_image[index], self._images[index].clone()
+        row = self._rows[index]
+        image = decode_rgb(row["image"], row["image_id"])
+        if image.size != (row["width"], row["height"]):
+            raise ValueError(
+                f"The image of image_id {row['image_id']} ({row['image']}) is {image.size} pixels (width, height), "
+                f"its record says {(row['width'], row['height'])}. Was the file replaced after loading? Load it anew."
+            )
+        image = F.to_image(image)
+        if self._images is not None:
+            self._images[index] = image.clone()
+        return row, image
 
     def _transform(self, sample: dict[str, Any], index: int) -> dict[str, Any]:
         state = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)

@@ -61,9 +61,9 @@ class Shape:
         return Shape(self.label, self.outline + np.array([dx, dy]), (float(x + dx), float(y + dy), width, height))
 
 
-def random_shape(random: np.random.Generator, side: float) -> Shape:
-    """A shape of random class and angle whose box has `side` pixels on its longer side, somewhere."""
-    label = int(random.integers(len(SHAPES)))
+def random_shape(random: np.random.Generator, side: float, label: int | None = None) -> Shape:
+    """A shape of random angle whose box has `side` pixels on its longer side, of a random class or the one given."""
+    label = int(random.integers(len(SHAPES))) if label is None else label
     angle = random.random() * 2 * np.pi
     cos, sin = np.cos(angle), np.sin(angle)
     outline = _OUTLINES[SHAPES[label]] @ np.array([[cos, sin], [-sin, cos]])

@@ -3,7 +3,7 @@
 
 Where the objects are is drawn when the data set is made (a millisecond per scene); a picture is painted when its row
 is read. Both depend on the seed, the split and the scene's number alone, so that every process and machine sees the
-same.
+same. In context scenes, the class of some objects depends on something else in the image (see `context`).
 """
 
 import functools
@@ -14,6 +14,15 @@ import PIL.Image
 import PIL.ImageDraw
 from datasets import Dataset
 
+from .context import (
+    CONTEXT_LABELS,
+    MIN_CONTEXT_IMAGE_SIZE,
+    Beacon,
+    context_label,
+    is_allowed,
+    random_beacon,
+    random_context_shape,
+)
 from .records import (
     DETECTION_FEATURES,
     AnnotationList,
@@ -26,7 +35,7 @@ from .records import (
 )
 from .shapes import SHAPES, Shape, any_overlap, paint_shape, random_shape
 
-NAMED_OPTIONS = ("image_size", "min_objects", "max_objects", "num_samples", "seed")
+NAMED_OPTIONS = ("image_size", "min_objects", "max_objects", "num_samples", "seed", "context")
 DEFAULT_NUM_SAMPLES = {"train": 9000, "val": 300, "test": 300}
 # (share, least side, greatest side in pixels) of the objects
 LARGE_SCENE_SIZES = ((0.55, 7, 20), (0.30, 20, 48), (0.15, 48, 110))  # for 256 pixels
@@ -44,6 +53,7 @@ class SyntheticScenes:
         object_sizes: share, least and greatest side (the longer side of the box, in pixels) of classes of objects; by
             default the distributions above, limited to half of the image.
         seed: of all random choices, at least 0.
+        context: 1 for context scenes, whose classes are `context.CONTEXT_LABELS`; 0 for ordinary ones.
     """
 
     image_size: int = 256
@@ -51,6 +61,7 @@ class SyntheticScenes:
     max_objects: int | None = None
     object_sizes: tuple[tuple[float, float, float], ...] | None = None
     seed: int = 0
+    context: int = 0
 
     def __post_init__(self):
         small = self.image_size < 192
@@ -66,6 +77,12 @@ class SyntheticScenes:
             raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.context not in (0, 1):
+            raise ValueError(f"context must be 0 or 1, got {self.context}")
+        if self.context and self.image_size < MIN_CONTEXT_IMAGE_SIZE:
+            raise ValueError(
+                f"context scenes need an image_size of at least {MIN_CONTEXT_IMAGE_SIZE} pixels, got {self.image_size}"
+            )
         if not 0 <= self.min_objects <= self.max_objects:
             raise ValueError(
                 f"0 <= min_objects <= max_objects is needed, got {self.min_objects} and {self.max_objects}"
@@ -79,8 +96,18 @@ class SyntheticScenes:
         if sum(share for share, _, _ in self.object_sizes) <= 0:
             raise ValueError(f"the shares of object_sizes must not all be 0, got {self.object_sizes}")
 
+    @property
+    def label_names(self) -> list[str]:
+        return list(CONTEXT_LABELS if self.context else SHAPES)
+
+    def beacon(self, stream: int, index: int) -> Beacon | None:
+        """What decides the classes in a context scene; `None` in an ordinary one."""
+        if not self.context:
+            return None
+        return random_beacon(np.random.default_rng((self.seed, stream, index, 2)), self.image_size)
+
     def layout(self, stream: int, index: int) -> list[Shape]:
-        """The shapes of scene `index` of a stream, wholly inside the image and not overlapping.
+        """The objects of scene `index` of a stream, wholly inside the image and not overlapping.
 
         Raises:
             ValueError: so many objects of such sizes do not fit.
@@ -90,9 +117,10 @@ class SyntheticScenes:
         shares, lows, highs = (np.array(column, dtype=np.float64) for column in zip(*self.object_sizes, strict=True))
         bins = random.choice(len(shares), size=count, p=shares / shares.sum())
         sides = np.sort(lows[bins] + random.random(count) * (highs[bins] - lows[bins]))[::-1]
+        beacon = self.beacon(stream, index)
         shapes: list[Shape] = []
         for side in sides:
-            shape = self._place(random, float(side), shapes)
+            shape = self._place(random, float(side), shapes, beacon)
             if shape is not None:
                 shapes.append(shape)
         if len(shapes) < self.min_objects:
@@ -102,16 +130,21 @@ class SyntheticScenes:
             )
         return shapes
 
-    def _place(self, random: np.random.Generator, side: float, placed: list[Shape]) -> Shape | None:
+    def _place(
+        self, random: np.random.Generator, side: float, placed: list[Shape], beacon: Beacon | None
+    ) -> Shape | None:
         """A shape that overlaps none of those placed; where there is no room, a smaller one."""
         least = min(low for _, low, _ in self.object_sizes)
+        occupied = placed if beacon is None else [*placed, beacon.place]
         while True:
-            shape = random_shape(random, side)
+            shape = random_shape(random, side) if beacon is None else random_context_shape(random, side)
             x, y, width, height = shape.box
             room = np.array([self.image_size - width, self.image_size - height])
             for target in random.random((24, 2)) * room:
                 candidate = shape.moved(target[0] - x, target[1] - y)
-                if not any_overlap(candidate, placed):
+                if beacon is not None and not is_allowed(candidate, beacon, self.image_size):
+                    continue
+                if not any_overlap(candidate, occupied):
                     return candidate
             if side <= least:
                 return None
@@ -122,7 +155,9 @@ class SyntheticScenes:
         random = np.random.default_rng((self.seed, stream, index, 1))
         base = random.integers(60, 196, size=3)
         canvas = self._background(random, base)
-        for shape in self.layout(stream, index):
+        beacon = self.beacon(stream, index)
+        shapes = self.layout(stream, index)
+        for shape in shapes if beacon is None else [*shapes, beacon.shape]:
             paint_shape(canvas, shape, _contrasting_colour(random, base))
         noise = random.integers(-6, 7, size=canvas.shape, dtype=np.int16)
         return PIL.Image.fromarray((canvas.astype(np.int16) + noise).clip(0, 255).astype(np.uint8))
@@ -213,14 +248,17 @@ def _build(scenes: SyntheticScenes, count: int, split: str) -> DetectionData:
     report = LoadingReport(f"synthetic/{split}")
     annotations = AnnotationList()
     for index in range(count):
+        beacon = scenes.beacon(stream, index)
         for shape in scenes.layout(stream, index):
-            annotations.append(index, shape.label, list(shape.box), id=len(annotations.id) + 1)
+            label = shape.label if beacon is None else context_label(shape, beacon)
+            annotations.append(index, label, list(shape.box), id=len(annotations.id) + 1)
     sizes = np.full((count, 2), scenes.image_size)
     columns = record_columns(np.arange(count), sizes, annotations, report)
     images = image_path_column([None] * count)
     dataset = Dataset.from_dict({"image": images, **columns}, features=DETECTION_FEATURES)
     dataset = dataset.with_transform(ScenePainter(scenes, stream))
-    return DetectionData(dataset, list(SHAPES), list(range(len(SHAPES))), f"synthetic-{split}", report)
+    label_names = scenes.label_names
+    return DetectionData(dataset, label_names, list(range(len(label_names))), f"synthetic-{split}", report)
 
 
 def _contrasting_colour(random: np.random.Generator, base: np.ndarray) -> np.ndarray:

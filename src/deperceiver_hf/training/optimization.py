@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizer and learning rate of a training run, counted in optimizer steps."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from .arguments import TrainingOptions
 from .building import backbone_parameters
 
 DEFAULT_LR_DROP = 33
+DEFAULT_DECAY_FRACTION = 0.4
 
 
 def create_optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.optim.AdamW:
@@ -33,21 +37,40 @@ def create_optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.
 
 
 def create_scheduler(
-    optimizer: torch.optim.Optimizer, options: TrainingOptions, steps_per_epoch: int, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    options: TrainingOptions,
+    steps_per_epoch: int,
+    total_steps: int,
+    time_used: Callable[[], float] = lambda: 0.0,
 ) -> LambdaLR:
     """Learning rate for each optimizer step; call `.step()` after each.
 
     `step` multiplies the rate by 0.1 at the beginning of every `lr_drop`-th epoch (torch's `StepLR` with its epochs
-    written in steps); the others are those of transformers. A warm-up rises linearly from 0, and counts into both.
+    written in steps). `linear`, `cosine` (both as in transformers) and `wsd` (warm-up, stable, decay; Hu et al. 2024,
+    arXiv:2404.06395, with a linear decay) are 0 at the end, which comes by steps or by time, whichever is nearer. A
+    warm-up rises linearly from 0, and counts into all of them.
+
+    Args:
+        time_used: Gives the part of the time allowed that is over, in [0, 1]; the same on all processes.
     """
-    if options.lr_scheduler != "step":
-        name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
-        return get_scheduler(name, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=total_steps)
+    warmup = options.warmup_steps
     steps_per_drop = steps_per_epoch * (options.lr_drop or DEFAULT_LR_DROP)
+    decay_steps = total_steps * (options.decay_fraction or DEFAULT_DECAY_FRACTION)
+    falling_steps = max(1, total_steps - warmup)
 
     def factor(step: int) -> float:
-        warm = min(1.0, step / options.warmup_steps) if options.warmup_steps else 1.0
-        return warm * 0.1 ** (step // steps_per_drop)
+        warm = step / warmup if step < warmup else 1.0
+        left = max(0.0, total_steps - max(step, total_steps * time_used()))  # steps, as if time passed in them
+        match options.lr_scheduler:
+            case "step":
+                return warm * 0.1 ** (step // steps_per_drop)
+            case "linear":
+                return warm * min(1.0, left / falling_steps)
+            case "cosine":
+                return warm * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left / falling_steps)))
+            case "wsd":
+                return warm * min(1.0, left / decay_steps)
+        return warm
 
     return LambdaLR(optimizer, factor)
 

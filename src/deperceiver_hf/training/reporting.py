@@ -59,8 +59,8 @@ class TrainingLog:
 
     `metrics.jsonl` has two kinds of lines. `"kind": "train"`: `step` (optimizer steps done), `epoch` (a fraction),
     `loss` and its terms, `grad_norm` (before clipping), learning rates, `images_per_second` and `seconds` of training;
-    the losses and the norm are means since the line before, over all processes. `"kind": "eval"`: `step`, `epoch` and
-    the COCO metrics.
+    the losses and the norm are means since the line before, over all processes. `"kind": "eval"`: `step`, `epoch`,
+    `seconds` of training and the COCO metrics.
 
     Args:
         accelerator: With trackers, if there are any.
@@ -112,7 +112,7 @@ class TrainingLog:
 
     def write_evaluation(self, progress: TrainingProgress, epoch: float, metrics: dict[str, float]) -> None:
         """Write the metrics of an evaluation."""
-        self._write("eval", progress, {"epoch": epoch, **metrics})
+        self._write("eval", progress, {"epoch": epoch, "seconds": progress.seconds, **metrics})
         self._since = time.perf_counter()
 
     def _write(self, kind: str, progress: TrainingProgress, values: dict[str, Any]) -> None:

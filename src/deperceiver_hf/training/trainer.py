@@ -18,6 +18,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device, set_seed
 from tqdm.auto import tqdm
 
+from ..coco_metric import areas_of_sizes
 from ..data import (
     DetectionCollator,
     DetectionData,
@@ -54,8 +55,8 @@ Result = TypeVar("Result")
 CHANGEABLE_ON_RESUME = (
     *("dataset", "output_dir", "overwrite_output_dir", "resume", "run_name", "project", "report_to", "log_every"),
     *("amp", "use_bfloat", "mixed_precision"),  # what they lead to is compared
-    *("num_workers", "epochs", "max_steps", "max_minutes", "max_eval_samples", "eval_every"),
-    *("save_top_k", "save_every", "checkpointing_steps"),
+    *("cache_images", "num_workers", "epochs", "max_steps", "max_minutes", "max_eval_samples"),
+    *("eval_every", "eval_steps", "size_boundaries", "save_top_k", "save_every", "checkpointing_steps"),
 )
 
 
@@ -84,13 +85,15 @@ class DetectionTrainer:
 
         self.train_data = self._load_data(options.train_split, options.max_train_samples)
         self.eval_data: DetectionData | None = None
-        if options.eval_every:
+        if options.eval_every or options.eval_steps:
             self.eval_data = self._load_data(options.eval_split, options.max_eval_samples)
             require_same_labels(self.train_data, self.eval_data)
         self.image_processor = build_image_processor(options)
         size = self.image_processor.size
         transforms = make_train_transforms(options.augmentation, size.shortest_edge, size.longest_edge)
-        self.dataset = DetectionDataset(self.train_data, transforms, seed=options.seed)
+        self.dataset = DetectionDataset(
+            self.train_data, transforms, seed=options.seed, cache_images=options.cache_images
+        )
         self.collate = DetectionCollator(self.image_processor, do_resize=False)
         self.sampler = TrainingBatchSampler(
             self.dataset,
@@ -110,7 +113,10 @@ class DetectionTrainer:
         )
         set_seed(options.seed, device_specific=True)  # different dropout on each
         optimizer = create_optimizer(model, options)
-        self.scheduler = create_scheduler(optimizer, options, self.steps_per_epoch, self.total_steps)
+        self._time_used = 0.0  # of `max_minutes`, agreed on by all processes in every step
+        self.scheduler = create_scheduler(
+            optimizer, options, self.steps_per_epoch, self.total_steps, lambda: self._time_used
+        )
         with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -143,11 +149,11 @@ class DetectionTrainer:
         interrupted = False
         with self.stop_request:
             while not interrupted and not self._finished:
-                interrupted = self._train_epoch()
+                interrupted = self._train_stretch()
                 if interrupted:
                     self._save_state()
                 else:
-                    self._close_epoch()
+                    self._close_stretch()
         last = self.output_dir / "last"
         if not interrupted:
             save_model(self.accelerator, last, self._save_model, self.progress.last_metrics)
@@ -178,8 +184,19 @@ class DetectionTrainer:
     def _finished(self) -> bool:
         return self.progress.step >= self.total_steps and self.progress.closed_step == self.progress.step
 
-    def _train_epoch(self) -> bool:
-        """Train to the end of the epoch or the last step; `True` if a request to stop came before."""
+    @property
+    def _stretch_ends(self) -> bool:
+        """At the end of the epoch, after the last step, or when `eval_steps` makes an evaluation due."""
+        progress = self.progress
+        at_end = progress.batches == len(self.sampler) or progress.step >= self.total_steps
+        return at_end or (progress.closed_step < progress.step and self._evaluation_steps_done)
+
+    @property
+    def _evaluation_steps_done(self) -> bool:
+        return self.options.eval_steps is not None and self.progress.step % self.options.eval_steps == 0
+
+    def _train_stretch(self) -> bool:
+        """Train to where `_stretch_ends`; `True` if a request to stop came before."""
         progress, options = self.progress, self.options
         self.sampler.set_epoch(progress.epoch, skip=progress.batches)
         loader = make_loader(
@@ -199,15 +216,14 @@ class DetectionTrainer:
             total=min(self.steps_per_epoch, self.total_steps - first_step),
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            while progress.batches < len(self.sampler) and progress.step < self.total_steps:
+            while not self._stretch_ends:
                 rates = learning_rates(self.optimizer)
                 count = min(options.gradient_accumulation_steps, len(self.sampler) - progress.batches)
                 stop = self.optimizer_step(batches, count)
                 progress.step += 1
                 progress.batches += count
                 bar.update()
-                at_end = progress.batches == len(self.sampler) or progress.step == self.total_steps
-                save_due = options.checkpointing_steps and progress.step % options.checkpointing_steps == 0
+                at_end, save_due = self._stretch_ends, self._checkpoint_due
                 self._tick()
                 if at_end or stop or save_due or progress.step % options.log_every == 0:
                     self.log.write_training(progress, self._epochs_done, rates, bar)
@@ -250,19 +266,22 @@ class DetectionTrainer:
         return outputs.loss, outputs.loss_dict, ""
 
     def _agree_to_go_on(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], problem: str) -> bool:
-        """Stop all processes together on a loss that is not finite, and let them end together when the time is up;
-        returns whether some process was asked to stop.
+        """Stop all processes together on a loss that is not finite, and let them end together when the time is up by
+        the clock of the main process; returns whether some process was asked to stop.
 
         This waits for the device once in a forward pass, right after the matching has done so anyway.
         """
         finite = loss.detach().isfinite()
         if self._grad_norm is not None and self.accelerator.scaler is None:  # a GradScaler skips such steps itself
             finite = finite & self._grad_norm.isfinite()
-        minutes = (self.progress.seconds + time.perf_counter() - self._clock) / 60
-        time_is_up = self.options.max_minutes is not None and minutes >= self.options.max_minutes
-        flags = torch.stack([~finite, finite.new_tensor(self.stop_request.requested), finite.new_tensor(time_is_up)])
-        broken, stop, time_is_up = self.accelerator.reduce(flags.float(), reduction="sum").tolist()
-        if time_is_up:
+        time_used = 0.0
+        if self.options.max_minutes is not None and self.accelerator.is_main_process:
+            seconds = self.progress.seconds + time.perf_counter() - self._clock
+            time_used = min(1.0, seconds / (60 * self.options.max_minutes))
+        told = loss.new_tensor([self.stop_request.requested, time_used], dtype=torch.float32)
+        told = torch.cat([(~finite).float().reshape(1), told])
+        broken, stop, self._time_used = self.accelerator.reduce(told, reduction="sum").tolist()
+        if self._time_used >= 1:
             self.total_steps = self.progress.step + 1
         if broken:
             values = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
@@ -276,14 +295,19 @@ class DetectionTrainer:
             )
         return bool(stop)
 
-    def _close_epoch(self) -> None:
-        """Evaluate, keep the model if it is among the best, and save the state; also after a last partial epoch."""
+    def _close_stretch(self) -> None:
+        """Evaluate, keep the model if it is among the best, and save the state, each if due."""
         progress, options = self.progress, self.options
         epochs_done = self._epochs_done
-        if progress.batches == len(self.sampler):
+        epoch_ended = progress.batches == len(self.sampler)
+        if epoch_ended:
             progress.epoch, progress.batches = progress.epoch + 1, 0
         at_end = progress.step >= self.total_steps
-        if self.eval_data is not None and (at_end or progress.epoch % options.eval_every == 0):
+        if options.eval_steps is None:
+            evaluation_due = epoch_ended and options.eval_every and progress.epoch % options.eval_every == 0
+        else:
+            evaluation_due = self._evaluation_steps_done
+        if self.eval_data is not None and (at_end or evaluation_due):
             self._share_buffers()
             result = evaluate_detector(
                 self.model,
@@ -292,6 +316,7 @@ class DetectionTrainer:
                 accelerator=self.accelerator,
                 batch_size=options.batch_size,
                 num_workers=options.num_workers,
+                area_boundaries=areas_of_sizes(options.size_boundaries),
             )
             progress.last_metrics = dict(result.metrics)
             self.log.write_evaluation(progress, epochs_done, result.metrics)
@@ -299,9 +324,14 @@ class DetectionTrainer:
             label = progress.epoch + bool(progress.batches)
             self.best_models.offer(progress, label, result.metrics, self._save_model)
         progress.closed_step = progress.step
-        if at_end or progress.epoch % options.save_every == 0:
+        if at_end or (epoch_ended and progress.epoch % options.save_every == 0) or self._checkpoint_due:
             self._save_state()
             self.best_models.remove_others(progress)
+
+    @property
+    def _checkpoint_due(self) -> bool:
+        steps = self.options.checkpointing_steps
+        return steps is not None and self.progress.step % steps == 0
 
     @property
     def _epochs_done(self) -> float:

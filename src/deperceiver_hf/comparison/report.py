@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a comparison: a table for each budget, as Markdown and as JSON."""
+
+import dataclasses
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ..output_files import atomic_path, write_json
+from .arguments import ComparisonOptions
+from .results import RunResult, read_runs
+
+METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+SEARCH = "search"
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """All runs in the output directory of a comparison that are finished or have failed.
+
+    Attributes:
+        command: The latest command line.
+        models: Names in the order of the rows.
+        runs: With trials of learning rates.
+    """
+
+    command: str
+    models: list[str]
+    runs: list[RunResult]
+
+    @property
+    def budgets(self) -> list[str]:
+        """Names of the sets of runs, equal times first."""
+        return sorted({run.budget for run in self.runs} - {SEARCH})
+
+    @property
+    def failures(self) -> list[RunResult]:
+        """Failed runs, and for models without a learning rate that works, their trials."""
+        failed = [run for run in self.runs if run.failure is not None]
+        works = {run.model for run in self.runs if run.failure is None}
+        return [run for run in failed if run.budget != SEARCH or run.model not in works]
+
+    def runs_of(self, budget: str, model: str | None = None) -> list[RunResult]:
+        """Finished runs of a budget."""
+        runs = [run for run in self.runs if run.budget == budget and run.failure is None]
+        return [run for run in runs if model in (None, run.model)]
+
+    def rows(self, budget: str) -> dict[str, dict[str, Any]]:
+        """By model: its size, and means over its seeds; a metric without objects to find is `None`."""
+        rows = {}
+        for model in self.models:
+            runs = sorted(self.runs_of(budget, model), key=lambda run: run.seed)
+            if not runs:
+                continue
+            rows[model] = {
+                "parameters": runs[0].facts["parameters"],
+                "flops": runs[0].facts["flops"],
+                "lr": runs[0].lr,
+                "steps": mean(run.step for run in runs),
+                "seconds": mean(run.seconds for run in runs),
+                "images_per_second": sum(run.images for run in runs) / sum(run.seconds for run in runs),
+                **{name: _mean_metric([run.metrics[name] for run in runs]) for name in METRICS},
+                "ap_by_seed": {run.seed: _mean_metric([run.metrics["ap"]]) for run in runs},
+            }
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain units (FLOPs, seconds, metrics as fractions)."""
+        return {
+            "command": self.command,
+            "date": _today(),
+            "machines": self._machines(),
+            "tables": {budget: self.rows(budget) for budget in self.budgets},
+            "failures": [{"run": _name(run), "error": run.failure} for run in self.failures],
+            "runs": [dataclasses.asdict(run) | {"final_loss": _finite(run.final_loss)} for run in self.runs],
+        }
+
+    def markdown(self) -> str:
+        """The report as text, with percentages."""
+        lines = ["# Comparison", ""]
+        for budget in self.budgets:
+            lines += [f"## {budget_title(budget)}", "", *self._table(budget), ""]
+        if self.failures:
+            lines += [
+                "## Failed",
+                "",
+                *[f"- {_name(run)}: {' '.join(run.failure.split())}" for run in self.failures],
+                "",
+            ]
+        if trials := [run for run in self.runs if run.budget == SEARCH]:
+            lines += ["## Search for the learning rate", "", *self._search_table(trials), ""]
+        return "\n".join([*lines, "## How", "", *self._how()])
+
+    def write(self, output_dir: Path) -> None:
+        """Write `report.json` and `report.md`."""
+        write_json(output_dir / "report.json", self.to_dict())
+        with atomic_path(output_dir / "report.md") as temporary:
+            picture = "![AP and AP of small objects against training time](comparison.png)"
+            temporary.write_text(f"{self.markdown()}\n\n{picture}\n", encoding="utf-8")
+
+    def _table(self, budget: str) -> list[str]:
+        columns: dict[str, Callable[[dict[str, Any]], str]] = {
+            "parameters (M)": lambda row: f"{row['parameters'] / 1e6:.2f}",
+            "GFLOPs": lambda row: f"{row['flops'] / 1e9:.2f}",
+            "lr": lambda row: f"{row['lr']:g}",
+            "steps": lambda row: f"{row['steps']:.0f}",
+            "seconds": lambda row: f"{row['seconds']:.0f}",
+            "images/s": lambda row: f"{row['images_per_second']:.1f}",
+            "AP": lambda row: _percent(row["ap"]),
+            "AP50": lambda row: _percent(row["ap50"]),
+            "AP75": lambda row: _percent(row["ap75"]),
+            "AP small": lambda row: _percent(row["ap_small"]),
+            "AP medium": lambda row: _percent(row["ap_medium"]),
+            "AP large": lambda row: _percent(row["ap_large"]),
+            "AP by seed": lambda row: ", ".join(f"{seed}: {_percent(ap)}" for seed, ap in row["ap_by_seed"].items()),
+        }
+        rows = [[name, *(show(row) for show in columns.values())] for name, row in self.rows(budget).items()]
+        return _markdown_table(["model", *columns], rows)
+
+    def _search_table(self, trials: list[RunResult]) -> list[str]:
+        rows = []
+        for model in self.models:
+            finished = [run for run in trials if run.model == model and run.failure is None]
+            best = min(finished, key=lambda run: run.rank, default=None)
+            for run in sorted((run for run in trials if run.model == model), key=lambda run: run.lr):
+                if run.failure is not None:
+                    rows.append([model, f"{run.lr:g}", str(run.seed), "", "", "failed", ""])
+                    continue
+                result = [f"{run.step}", f"{run.seconds:.0f}", _percent(run.metrics["ap"]), f"{run.final_loss:.3f}"]
+                rate = f"**{run.lr:g}**" if run is best else f"{run.lr:g}"
+                rows.append([model, rate, str(run.seed), *result])
+        table = _markdown_table(["model", "lr", "seed", "steps", "seconds", "AP", "final loss"], rows)
+        return [*table, "", "Of equal APs, the one with the lower loss (mean of the last fifth) is taken."]
+
+    def _how(self) -> list[str]:
+        described = [run for run in self.runs if "training_images" in run.facts]
+        lines = [f"    {self.command}", ""]
+        for run in described[:1]:
+            facts, settings = run.facts, run.facts["settings"]
+            lines += [
+                f"- Data: {settings['dataset']}, {facts['training_images']} images of {settings['train_split']} for "
+                f"training, {facts['evaluation_images']} of {settings['eval_split']} for evaluation.",
+                f"- Images: {settings['batch_size']} in a batch, shortest edge {facts['image_size']}, augmentation "
+                f"{settings['augmentation']}.",
+                f"- Learning rate: {settings['lr_scheduler']}, {settings['warmup_steps']} warm-up steps.",
+                f"- Small, medium and large objects are divided at "
+                f"{' and '.join(f'{edge:g}' for edge in settings['size_boundaries'])} pixels (the square root of the "
+                f"area).",
+                f"- GFLOPs: of matrix products and convolutions for one image of {facts['image_size']} x "
+                f"{facts['image_size']} pixels; a multiplication with its addition is 2.",
+            ]
+        seeds = sorted({run.seed for run in self.runs if run.budget != SEARCH})
+        lines += [
+            f"- Metrics: of the model at the end of training, in percent, means over the seeds "
+            f"({', '.join(map(str, seeds))}). Times are those of training, without evaluations.",
+            *[
+                f"- Machine: {', '.join(f'{name} {value}' for name, value in machine.items() if value is not None)}."
+                for machine in self._machines()
+            ],
+            f"- Date: {_today()}.",
+        ]
+        return lines
+
+    def _machines(self) -> list[dict[str, Any]]:
+        machines: list[dict[str, Any]] = []
+        for run in self.runs:
+            if run.facts["machine"] not in machines:
+                machines.append(run.facts["machine"])
+        return machines
+
+
+def make_report(options: ComparisonOptions) -> ComparisonReport:
+    """Report on all that is in the output directory; models that are not in `options` come last."""
+    runs = read_runs(options.output_dir)
+    models = [model.name for model in options.models]
+    return ComparisonReport(options.command, [*models, *sorted({run.model for run in runs} - set(models))], runs)
+
+
+def _mean_metric(values: list[float]) -> float | None:
+    """Mean of a metric, which is -1 where there was nothing to find."""
+    return None if min(values) < 0 else mean(values)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or value < 0 else f"{100 * value:.1f}"
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None
+
+
+def budget_title(budget: str) -> str:
+    kind, _, amount = budget.partition("-")
+    return {"minutes": f"Equal time: {amount} minutes", "steps": f"Equal steps: {amount}"}[kind]
+
+
+def _name(run: RunResult) -> str:
+    which = f"lr {run.lr:g}" if run.budget == SEARCH else f"seed {run.seed}"
+    return f"{run.model}, {run.budget}, {which}"
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(header)} |",
+        f"|---|{'---:|' * (len(header) - 1)}",
+        *[f"| {' | '.join(row)} |" for row in rows],
+    ]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model card shows of an evaluation, in its text and in its metadata."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .tables import markdown_table, plural
+
+# Key in an evaluation, name in a card.
+METRIC_NAMES = {
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP small",
+    "ap_medium": "AP medium",
+    "ap_large": "AP large",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a card needs of an evaluation.
+
+    Attributes:
+        metrics: Average precisions as fractions of 1, by the keys of [`METRIC_NAMES`]; only those that were measured.
+        dataset: Name of the data set.
+        split: Of the data set.
+        num_images: How many images were evaluated.
+        date: Day of the evaluation, `None` if unknown.
+    """
+
+    metrics: dict[str, float]
+    dataset: str
+    split: str
+    num_images: int
+    date: str | None = None
+
+    def described(self) -> str:
+        """Data set, split, number of images and date."""
+        parts = [self.split, plural(self.num_images, "image"), self.date]
+        return f"{self.dataset} ({', '.join(part for part in parts if part)})"
+
+    def table(self) -> str:
+        """The metrics in percent."""
+        names = [METRIC_NAMES[key] for key in self.metrics]
+        return markdown_table(names, [[f"{100 * value:.1f}" for value in self.metrics.values()]], labelled=False)
+
+
+def read_evaluation(path: str | os.PathLike) -> Evaluation:
+    """Read the JSON file that `scripts/evaluate.py` writes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not such a file, or nothing was measured.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no evaluation {path}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        dataset, split, num_images = content["dataset"], content["split"], content["num_images"]
+        found = {key: content["metrics"][key] for key in METRIC_NAMES if key in content["metrics"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a report of scripts/evaluate.py ({type(error).__name__}: {error})."
+        ) from error
+    metrics = {}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (value == -1 or 0 <= value <= 1):
+            raise ValueError(f"{path} has {key} = {value!r}; a fraction of 1 is expected, or -1 for nothing to find.")
+        if value != -1:
+            metrics[key] = float(value)
+    if not metrics:
+        raise ValueError(f"{path} has none of {', '.join(METRIC_NAMES)}: nothing was measured.")
+    return Evaluation(metrics, _dataset_name(dataset), str(split), int(num_images), content.get("date"))
+
+
+def card_metadata(name: str, tags: Sequence[str], evaluations: Sequence[Evaluation], on_coco: bool) -> ModelCardData:
+    """Metadata of a card.
+
+    Args:
+        name: Of the model.
+        tags: Besides those of all detectors.
+        evaluations: What was measured. Without any there is no `model-index`.
+        on_coco: The model is trained on COCO.
+    """
+    results = [
+        EvalResult(
+            task_type="object-detection",
+            dataset_type=evaluation.dataset,
+            dataset_name=evaluation.dataset,
+            dataset_split=evaluation.split,
+            metric_type=key,
+            metric_name=METRIC_NAMES[key],
+            metric_value=round(100 * value, 2),
+        )
+        for evaluation in evaluations
+        for key, value in evaluation.metrics.items()
+    ]
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="object-detection",
+        tags=["object-detection", "vision", *tags],
+        datasets=["coco"] if on_coco else None,
+        model_name=name if evaluations else None,
+        eval_results=results or None,
+    )
+
+
+def _dataset_name(dataset: str) -> str:
+    """The name of a directory or, as it is, a Hub id."""
+    is_path = dataset.startswith((".", "~", "/")) or dataset.count("/") > 1
+    return Path(dataset).expanduser().resolve().name if is_path else dataset.rstrip("/")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and words of the model cards."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..configuration_deperceiver import DePerceiverBackboneConfig
+from ..cost import Cost
+
+IMAGE_SIZE = (800, 1333)  # height, width: the largest that the image processors make by default
+
+
+def cost_table(costs: Mapping[str, Cost]) -> str:
+    """Costs by title of their column."""
+    formats = {
+        "tokens": lambda cost: f"{cost.tokens:,}",
+        "parameters (M)": lambda cost: f"{cost.parameters / 1e6:.1f}",
+        "of them in the backbone (M)": lambda cost: f"{cost.backbone_parameters / 1e6:.1f}",
+        "GFLOPs of the backbone": lambda cost: f"{cost.backbone_flops / 1e9:,.1f}",
+        "GFLOPs after the backbone": lambda cost: f"{cost.flops_after_backbone / 1e9:,.1f}",
+        "activations after the backbone (M)": lambda cost: f"{cost.activations_after_backbone / 1e6:,.1f}",
+        "of them attention weights (M)": lambda cost: f"{cost.attention_weights / 1e6:,.1f}",
+    }
+    return markdown_table(["", *costs], [[title, *map(show, costs.values())] for title, show in formats.items()])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]], labelled: bool = True) -> str:
+    """A Markdown table of numbers, the first column of which are labels."""
+    alignment = ["---" if labelled and not column else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, alignment, *rows))
+
+
+def describe_backbone(config: DePerceiverBackboneConfig) -> str:
+    """Name of the backbone, and which of its feature maps are read."""
+    name = getattr(config.backbone_config, "backbone", None) or config.backbone_config.model_type
+    *others, last = config.feature_strides
+    text = (
+        f"feature maps of strides {', '.join(map(str, others))} and {last}"
+        if others
+        else f"feature map of stride {last}"
+    )
+    return f"`{name}`, {text}{', last stage dilated' if config.dilation else ''}"
+
+
+def plural(count: int, noun: str) -> str:
+    """A number of things in words."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"

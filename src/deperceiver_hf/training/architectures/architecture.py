@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training room knows of an architecture, and how options become a configuration."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..arguments import TrainingOptions
+
+LABEL_FIELDS = ("id2label", "label2id")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of model that can be trained.
+
+    Attributes:
+        model_class: Class that is trained. `forward(pixel_values, pixel_mask, labels)` returns `loss` and `loss_dict`,
+            a dictionary of scalars for the log.
+        image_processor_class: Processor that is saved with a new model; its `post_process_object_detection` reads the
+            model's outputs.
+        make_config: Configuration of a new model from the options and the names of the classes. Options that are not
+            given keep the configuration's own defaults.
+        create: A new model of a configuration, given the options and the name of the backbone's weights (`None`:
+            leave the backbone random).
+        saved_fields: Fields of a saved model's configuration that the options change.
+        prepare_saved: What is to be done to a saved model before it is trained on.
+    """
+
+    model_class: type[PreTrainedModel]
+    image_processor_class: type
+    make_config: Callable[[TrainingOptions, list[str]], PreTrainedConfig]
+    create: Callable[[PreTrainedConfig, TrainingOptions, str | None], PreTrainedModel]
+    saved_fields: Callable[[TrainingOptions, PreTrainedConfig], dict[str, Any]]
+    prepare_saved: Callable[[PreTrainedModel], None] = lambda model: None
+
+
+def new_config(
+    config_class: type[PreTrainedConfig],
+    fields: dict[str, Any],
+    options: TrainingOptions,
+    label_names: list[str],
+    make: Callable[..., PreTrainedConfig] | None = None,
+) -> PreTrainedConfig:
+    """A configuration of those `fields` that are not `None`, of the labels, and of what `--config` says.
+
+    Args:
+        config_class: Class of the configuration.
+        fields: By name; a number is converted to the kind that the field takes.
+        options: `config` wins over `fields`.
+        label_names: Names of the classes, by label.
+        make: Makes the configuration from keyword arguments; by default its class does.
+
+    Raises:
+        ValueError: An unknown field, a value of another type, or an impossible architecture.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    given |= parse_config_fields(options.config or [], config_class)
+    try:
+        return (make or config_class)(**as_declared(given, config_class), **label_fields(label_names))
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def parse_config_fields(settings: list[str], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """`["d_model=96", "activation_function=relu"]` as a dictionary; a value that is no JSON is a string.
+
+    Raises:
+        ValueError: No such field in the configuration.
+    """
+    known = sorted({field.name for field in dataclasses.fields(config_class)} - {*LABEL_FIELDS})
+    values = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name in LABEL_FIELDS:
+            raise ValueError(f"--config {setting}: the labels are those of the data.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}."
+            raise ValueError(f"--config {setting}: {config_class.__name__} has no field {name!r}; {hint}")
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text
+    return values
+
+
+def as_declared(fields: dict[str, Any], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The same values, with numbers as `int` or `float`, whichever the configuration's fields take."""
+    annotations = {field.name: field.type for field in dataclasses.fields(config_class)}
+    return {name: _as_kind_of(annotations.get(name), value) for name, value in fields.items()}
+
+
+def common_fields(options: TrainingOptions) -> dict[str, Any]:
+    """Fields that the configurations of DETR's family have by the same names, as far as options give them."""
+    fields = {
+        "num_queries": options.num_queries,
+        "dropout": options.dropout,
+        "class_cost": options.set_cost_class,
+        "bbox_cost": options.set_cost_bbox,
+        "giou_cost": options.set_cost_giou,
+        "bbox_loss_coefficient": options.bbox_loss_coef,
+        "giou_loss_coefficient": options.giou_loss_coef,
+        "eos_coefficient": options.eos_coef,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def label_fields(label_names: list[str]) -> dict[str, Any]:
+    """Fields of a configuration that name the classes."""
+    id2label = dict(enumerate(label_names))
+    return {"id2label": id2label, "label2id": {name: label for label, name in id2label.items()}}
+
+
+def scalars(loss_dict: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
+    """Those of the named terms of a loss that it has, without their graph."""
+    return {name: loss_dict[name].detach() for name in names if name in loss_dict}
+
+
+def _as_kind_of(annotation: Any, value: Any) -> Any:
+    """The same number as an `int` or a `float`, whichever a field of this annotation takes."""
+    kinds = get_args(annotation) or (annotation,)
+    if type(value) is int and int not in kinds and float in kinds:
+        return float(value)
+    if type(value) is float and float not in kinds and int in kinds and value.is_integer():
+        return int(value)
+    return value

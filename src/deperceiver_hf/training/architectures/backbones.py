@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The timm backbone inside of transformers' own detectors: which one, with which weights, how much of it is trained.
+
+What DePerceiver's configuration says of its backbone is done here for models whose configuration cannot say it.
+"""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ...backbone_weights import load_backbone_weights
+from ...configuration_deperceiver import timm_out_indices
+from ...tokens_deperceiver import backbone_stage
+
+DEFAULT_BACKBONE = "resnet50"
+
+
+def timm_backbone_config(name: str | None, strides: list[int], dilation: bool = False) -> PreTrainedConfig:
+    """Configuration of a timm backbone that returns the feature maps of these strides; ResNet-50 by default.
+
+    Raises:
+        ValueError: There is no such model or no such map.
+    """
+    name = name or DEFAULT_BACKBONE
+    return AutoConfig.for_model(
+        model_type="timm_backbone",
+        backbone=name,
+        out_indices=timm_out_indices(name, strides),
+        **({"output_stride": 16} if dilation else {}),
+    )
+
+
+def feature_channels(config: PreTrainedConfig) -> list[int]:
+    """Channels of the feature maps of a timm backbone."""
+    with torch.device("meta"):
+        backbone = timm.create_model(config.backbone, features_only=True, out_indices=tuple(config.out_indices))
+    return backbone.feature_info.channels()
+
+
+def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: bool) -> None:
+    """Put weights into the timm backbone of a new detector, in place.
+
+    transformers replaces batch normalisation by a frozen one. With pretrained weights that stays, and the stem and the
+    first stage are not trained, as in DETR's paper. From scratch the norms must learn: RT-DETRv2 and D-FINE are
+    configured to keep them; in the others those of timm are put back, and what they have learned is read by the frozen
+    ones of the same names when the model is loaded again.
+
+    Args:
+        model: With its backbone in `model.model.backbone.model`.
+        weights: See [`~deperceiver_hf.create_model`]; `None` if a training state will bring them.
+        from_scratch: Start from random weights and train all of them.
+
+    Raises:
+        OSError: The weights cannot be had.
+        ValueError: The weights are of another architecture, or the backbone is not of timm.
+    """
+    if model.config.backbone_config.model_type != "timm_backbone":
+        raise ValueError(f"a {model.config.model_type} is trained with a timm backbone only: see --backbone.")
+    encoder = model.model.backbone
+    wrapped = hasattr(encoder.model, "_backbone")  # by transformers' backbone class, as in RT-DETRv2 and D-FINE
+    if from_scratch:
+        if not wrapped:
+            encoder.model = AutoBackbone.from_config(model.config.backbone_config)._backbone
+            for module in encoder.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.num_batches_tracked = None  # the frozen norms know no such name
+            encoder.model.register_load_state_dict_post_hook(_forget_batch_counters)
+        return
+    freeze_early_stages(encoder)
+    if weights is not None:
+        backbone = AutoBackbone.from_config(model.config.backbone_config)
+        load_backbone_weights(backbone, weights)
+        (encoder.model._backbone if wrapped else encoder.model).load_state_dict(backbone._backbone.state_dict())
+
+
+def freeze_early_stages(backbone: nn.Module) -> None:
+    """Train from the second stage on, as in DETR's paper; transformers does so for its own ResNet only."""
+    seen_stages = False
+    for name, parameter in backbone.named_parameters():
+        stage = backbone_stage(name)
+        seen_stages |= stage is not None
+        if stage == 1 or not seen_stages:
+            parameter.requires_grad_(False)
+
+
+def freeze_saved_backbone(model: PreTrainedModel) -> None:
+    """Freeze the early stages of a saved model, unless it was trained from scratch and its norms still learn."""
+    backbone = model.model.backbone
+    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+        freeze_early_stages(backbone)
+
+
+def _forget_batch_counters(backbone: nn.Module, keys: Any) -> None:
+    """A batch norm adds the count of its batches to a state that lacks it, and then does not know the name."""
+    keys.unexpected_keys[:] = [name for name in keys.unexpected_keys if not name.endswith("num_batches_tracked")]
+
+
+def keep_boxes_in_float32(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a box head. Under autocast boxes are in 8 bits of mantissa otherwise, pixels off in an image."""
+    return output.float()

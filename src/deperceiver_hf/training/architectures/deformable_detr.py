@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deformable DETR (Zhu et al. 2021, "Deformable DETR: Deformable Transformers for End-to-End Object Detection")."""
+
+import math
+from typing import Any
+
+import torch
+import transformers
+from torch import distributed, nn
+from transformers import DeformableDetrConfig
+
+from ...image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
+from ..arguments import TrainingOptions
+from .architecture import Architecture, common_fields, new_config, scalars
+from .backbones import fill_backbone, freeze_early_stages, keep_boxes_in_float32, timm_backbone_config
+from .own_loss import OwnLossInFloat32
+
+FEEDFORWARD_RATIO = 4  # hidden width of an MLP, relative to the model's
+NORM_GROUPS = 32  # of the group norms behind the backbone
+PRIOR_PROBABILITY = 0.01  # of a class, where the authors let its head start
+
+
+class DeformableDetrForObjectDetection(OwnLossInFloat32, transformers.DeformableDetrForObjectDetection):
+    """transformers' Deformable DETR with its own loss; a saved one is transformers' own class again.
+
+    transformers divides the number of objects by the number of processes twice; here the loss is that of all
+    processes' objects.
+    """
+
+    def __init__(self, config: DeformableDetrConfig):
+        super().__init__(config)
+        for heads in (self.bbox_embed, self.model.decoder.bbox_embed or []):
+            for head in heads:
+                head.register_forward_hook(keep_boxes_in_float32)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        **kwargs,
+    ) -> Any:
+        """Predictions, and with `labels` (boxes relative to the un-padded image) `loss` and `loss_dict`: the
+        unweighted terms of the last layer."""
+        outputs = super().forward(pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
+        if labels is not None:
+            factor = _correction(sum(len(target["class_labels"]) for target in labels), pixel_values.device)
+            outputs.loss = outputs.loss * factor
+            terms = scalars(outputs.loss_dict, "loss_ce", "loss_bbox", "loss_giou")
+            outputs.loss_dict = {name: term * factor for name, term in terms.items()}
+        return outputs
+
+
+def deformable_detr_config(options: TrainingOptions, label_names: list[str]) -> DeformableDetrConfig:
+    """Configuration of a new Deformable DETR with iterative box refinement, on the maps of strides 8, 16, 32 and 64.
+
+    The last map is a convolution of the one before, as in the paper. The two-stage variant is left out: transformers
+    has no loss for its first stage.
+    """
+    hidden_dim = options.hidden_dim
+    if hidden_dim is not None and hidden_dim % NORM_GROUPS:
+        raise ValueError(f"--hidden_dim {hidden_dim}: a deformable_detr needs a multiple of {NORM_GROUPS}.")
+    feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
+    fields = {
+        "backbone_config": timm_backbone_config(options.backbone, [8, 16, 32]),
+        "with_box_refine": True,
+        "auxiliary_loss": not options.no_aux_loss,
+        "position_embedding_type": options.position_embedding,
+        "d_model": hidden_dim,
+        "encoder_layers": options.enc_layers,
+        "decoder_layers": options.dec_layers,
+        "encoder_ffn_dim": feedforward,
+        "decoder_ffn_dim": feedforward,
+        "encoder_attention_heads": options.nheads,
+        "decoder_attention_heads": options.nheads,
+        **common_fields(options),
+    }
+    return new_config(DeformableDetrConfig, fields, options, label_names)
+
+
+def _create(
+    config: DeformableDetrConfig, options: TrainingOptions, weights: str | None
+) -> DeformableDetrForObjectDetection:
+    model = DeformableDetrForObjectDetection(config)
+    _start_heads_as_authors(model)
+    fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
+    return model
+
+
+@torch.no_grad()
+def _start_heads_as_authors(model: DeformableDetrForObjectDetection) -> None:
+    """Start with rare objects and boxes on their reference points, which transformers leaves out."""
+    for head in model.class_embed:
+        nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+    for head in model.bbox_embed:
+        nn.init.zeros_(head.layers[-1].weight)
+        nn.init.zeros_(head.layers[-1].bias)
+    nn.init.constant_(model.bbox_embed[0].layers[-1].bias[2:], -2.0)  # sides of an eighth of the image
+
+
+def _correction(num_objects: int, device: torch.device) -> torch.Tensor | float:
+    """What the loss is multiplied by so that it is divided by the mean number of objects of a process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1.0
+    mean = torch.tensor(float(num_objects), device=device)
+    distributed.all_reduce(mean)
+    mean /= distributed.get_world_size()
+    return (mean / distributed.get_world_size()).clamp(min=1) / mean.clamp(min=1)
+
+
+def _saved_fields(options: TrainingOptions, config: DeformableDetrConfig) -> dict[str, Any]:
+    return common_fields(options)
+
+
+DEFORMABLE_DETR = Architecture(
+    model_class=DeformableDetrForObjectDetection,
+    image_processor_class=DePerceiverV2ImageProcessor,
+    make_config=deformable_detr_config,
+    create=_create,
+    saved_fields=_saved_fields,
+    prepare_saved=lambda model: freeze_early_stages(model.model.backbone),
+)

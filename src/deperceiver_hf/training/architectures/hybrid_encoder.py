@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What RT-DETRv2 and D-FINE share: the hybrid encoder, contrastive denoising, and images without padding."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..arguments import TrainingOptions
+from .architecture import scalars
+from .backbones import feature_channels, fill_backbone, keep_boxes_in_float32, timm_backbone_config
+from .own_loss import OwnLossInFloat32
+
+STRIDES = [8, 16, 32]
+FEEDFORWARD_RATIO = 4  # hidden width of an MLP, relative to the model's
+BOX_HEADS = ("bbox_embed", "enc_bbox_head", "pre_bbox_head")
+
+
+class HybridEncoderDetector(OwnLossInFloat32):
+    """Mix-in that trains transformers' RT-DETRv2 or D-FINE with its own loss.
+
+    That loss is the sum over the proposals of the encoder, all decoder layers and the denoising queries. On several
+    processes it is divided by the number of objects of each process, as in transformers: not the joint batch's. An
+    epoch with a batch without any object (which has no denoising queries) cannot be trained on several processes.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        for name, module in self.named_modules():
+            if name.split(".")[-1] in BOX_HEADS:
+                for head in module if isinstance(module, nn.ModuleList) else [module]:
+                    head.register_forward_hook(keep_boxes_in_float32)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        **kwargs,
+    ) -> Any:
+        """Predictions, and with `labels` `loss` and `loss_dict`: the weighted terms of the last layer.
+
+        Raises:
+            ValueError: Images are padded, have sides that are no multiples of 32, or have fewer cells than queries.
+        """
+        self._check_images(pixel_values, pixel_mask)
+        outputs = super().forward(pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
+        if labels is not None:
+            outputs.loss_dict = scalars(outputs.loss_dict, "loss_vfl", "loss_bbox", "loss_giou")
+        return outputs
+
+    def _check_images(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
+        kind, (height, width) = self.config.model_type, pixel_values.shape[-2:]
+        if pixel_mask is not None and not pixel_mask.all():
+            raise ValueError(
+                f"a {kind} knows no padding, its boxes would be relative to the padded image: make all images of a "
+                f"batch the same size (images of one size with an --augmentation that keeps it, or --batch_size 1)."
+            )
+        if height % STRIDES[-1] or width % STRIDES[-1]:
+            raise ValueError(
+                f"the image is {height} x {width} pixels, but a {kind} takes sides that are multiples of "
+                f"{STRIDES[-1]} only: see --shortest_edge and --longest_edge."
+            )
+        cells = sum((height // stride) * (width // stride) for stride in STRIDES)
+        if cells < self.config.num_queries:
+            raise ValueError(
+                f"the image of {height} x {width} pixels has {cells} cells to pick {self.config.num_queries} queries "
+                f"from: give larger images or fewer --num_queries."
+            )
+
+
+def hybrid_encoder_fields(options: TrainingOptions) -> dict[str, Any]:
+    """Fields of a new model's configuration, the same for both architectures; `None` where nothing is given."""
+    hidden_dim = options.hidden_dim
+    feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
+    backbone_config = timm_backbone_config(options.backbone, STRIDES)
+    return {
+        "backbone_config": backbone_config,
+        "freeze_backbone_batch_norms": not options.no_pretrained_backbone,
+        "encoder_in_channels": feature_channels(backbone_config),
+        "encoder_hidden_dim": hidden_dim,
+        "decoder_in_channels": hidden_dim and [hidden_dim] * len(STRIDES),
+        "d_model": hidden_dim,
+        "encoder_layers": options.enc_layers,
+        "decoder_layers": options.dec_layers,
+        "encoder_ffn_dim": feedforward,
+        "decoder_ffn_dim": feedforward,
+        "encoder_attention_heads": options.nheads,
+        "decoder_attention_heads": options.nheads,
+        **hybrid_encoder_saved_fields(options),
+    }
+
+
+def hybrid_encoder_saved_fields(options: TrainingOptions, config: PreTrainedConfig | None = None) -> dict[str, Any]:
+    """Fields that may differ from those of a saved model, as far as options give them."""
+    fields = {
+        "num_queries": options.num_queries,
+        "dropout": options.dropout,
+        "matcher_class_cost": options.set_cost_class,
+        "matcher_bbox_cost": options.set_cost_bbox,
+        "matcher_giou_cost": options.set_cost_giou,
+        "weight_loss_bbox": options.bbox_loss_coef,
+        "weight_loss_giou": options.giou_loss_coef,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def create_hybrid_encoder_detector(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, options: TrainingOptions, weights: str | None
+) -> PreTrainedModel:
+    """A new model whose batch norms start as the identity, as in the authors' code: transformers draws the scales of
+    RT-DETRv2's around 0."""
+    model = model_class(config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and "backbone" not in name.split("."):
+            nn.init.ones_(module.weight)
+    fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
+    return model
