@@ -74,7 +74,8 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
     levels, blocks, n = len(tokens), config.decoder_layers, sum(tokens)
     queries = min(config.num_queries, n)
     latents = queries + config.num_context_latents
-    features, value_features = heads * (6 + levels), 8 * heads
+    key_channels = d // heads + 6 + levels
+    features, value_features = heads * (6 + levels + -key_channels % 8), heads * 8
     places = queries * heads * (4 + levels)
     boxes = 4 * queries * d**2 + 8 * queries * d
 

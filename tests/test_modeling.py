@@ -243,6 +243,14 @@ def test_sine_positions_span_the_real_part_of_each_axis():
     torch.testing.assert_close(full, encoding(features, None))
 
 
+def test_learned_positions_start_uniform_in_0_to_1_as_in_the_original():
+    model = tiny_model(position_embedding_type="learned")
+    positions = model.model.input_adapter.position_embedding
+    for table in (positions.row_embedding.weight, positions.column_embedding.weight):
+        assert 0 <= table.min() < 0.1
+        assert 0.9 < table.max() < 1
+
+
 def test_learned_positions_end_with_their_tables():
     encoding = DePerceiverLearnedPositionEmbedding(8, 5)
     within = encoding(torch.zeros(1, 8, 3, 5), None)

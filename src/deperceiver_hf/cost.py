@@ -22,8 +22,8 @@ N occurs in the first two rows only, and not squared: what follows the backbone 
 slope 2 C D + 4 D L + 4 M L. DETR's encoder has N^2 in every layer (4 N^2 D for scores and sum).
 
 DePerceiver v2 by hand, with N = N_1 + N_2 + ... tokens made from C_1, C_2, ... channels of G feature maps, Q object
-latents and M latents in all, H heads with F = 6 + G position features of each key (in float32) and E = 8 of each value
-(0 without `read_offsets`), K class logits, widening factor W:
+latents and M latents in all, H heads with F position features of each key (6 + G in float32, and as many zeros as make
+D / H + F a multiple of 8) and E = 8 of each value (0 without `read_offsets`), K class logits, widening factor W:
 
     1x1 convolutions to tokens     2 D (N_1 C_1 + N_2 C_2 + ...)
     selection                      2 N D^2 + 2 N D K (tokens) + 2 Q D^2 (content) + 4 Q D^2 + 8 Q D (boxes)

@@ -25,7 +25,8 @@ HIDDEN_TOKEN = -1e4  # added to the attention logits of padding; within the rang
 SQUARE_SCALE = 64.0  # squares of grid positions are divided by it, to stay within the range of float16
 CHANNEL_MULTIPLE = 8  # of the channels of a head: matrix kernels are slow for odd numbers of them
 MIN_SIGMA = 0.004  # of the image's side
-FIRST_RADIUS, FIRST_SIGMA = 0.7, 0.6  # of where the heads look in a new model, in half sides of the box
+LARGEST_RADIUS = 2.0  # of where the heads look, in half sides of the box; further away padding might be nearer
+FIRST_RADIUS, FIRST_SIGMA = 0.7, 0.6  # of the same in a new model
 WAVELENGTHS = (64.0, 1024.0)  # of the waves that tell where a head has read, in halves of a finest cell
 LARGEST_FINE_BOX = 12.0  # half side up to which the shorter wave is unambiguous, in the same unit
 LARGEST_OFFSET = 4.0  # beyond it, in half sides, it is only known that a head has read far away
@@ -164,6 +165,7 @@ class DePerceiverV2PositionBias(nn.Module):
             sigmas = half_side * log_scale.clamp(-4, 4).exp() + MIN_SIGMA
             size, origin = geometry.grid_size[:, None, None], geometry.grid_origin[:, None, None]
             sigmas = (sigmas * size).clamp(min=MIN_GRID_SIGMA)
+            offset = offset.clamp(-LARGEST_RADIUS, LARGEST_RADIUS)
             return PositionBias((center + offset * half_side) * size - origin, sigmas, levels)
 
 

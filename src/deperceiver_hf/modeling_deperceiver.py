@@ -201,9 +201,6 @@ class DePerceiverPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, DePerceiverEncoder):
             init.normal_(module.latents, std=self.config.init_std)
-        elif isinstance(module, DePerceiverLearnedPositionEmbedding):
-            init.uniform_(module.row_embedding.weight)
-            init.uniform_(module.column_embedding.weight)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
         else:
@@ -211,8 +208,13 @@ class DePerceiverPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in every model; then what is frozen in the backbone."""
+        """As in every model; then learned positions, which hold no parameters themselves, so that `_init_weights` is
+        not called for them; then what is frozen in the backbone."""
         super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, DePerceiverLearnedPositionEmbedding):
+                init.uniform_(module.row_embedding.weight)
+                init.uniform_(module.column_embedding.weight)
         initialize_frozen_parts(self)
 
 
