@@ -182,15 +182,43 @@ def test_loss_is_that_of_transformers(tmp_path, architecture):
     own.model.backbone.model = model.model.backbone.model
     own.load_state_dict(model.state_dict())
     own.train()
-    losses = []
+    outputs = []
     for detector in (model, own):
         torch.manual_seed(0)  # of denoising and dropout
         pixels = torch.randn(2, 3, 64, 64)
-        losses.append(detector(pixel_values=pixels, pixel_mask=torch.ones(2, 64, 64), labels=targets()).loss)
-    torch.testing.assert_close(losses[0], losses[1])
+        outputs.append(detector(pixel_values=pixels, pixel_mask=torch.ones(2, 64, 64), labels=targets()))
+    expected = outputs[1].loss
+    if architecture == "deformable_detr":  # with the paper's weight of the classification, 2 instead of 1
+        assert model.config.class_cost == 2
+        expected = expected + sum(term for name, term in outputs[1].loss_dict.items() if name.startswith("loss_ce"))
+    torch.testing.assert_close(outputs[0].loss, expected)
 
 
-@pytest.mark.parametrize("architecture", ["deformable_detr", *HYBRID])
+@pytest.mark.parametrize("architecture", HYBRID)
+def test_layers_without_a_special_start_begin_as_those_of_torch(tmp_path, architecture):
+    model = make(architecture, tmp_path)
+    hidden = model.model.decoder.layers[0].fc1 if hasattr(model.model.decoder.layers[0], "fc1") else None
+    layers = [hidden] if hidden is not None else []
+    layers += [m for n, m in model.model.decoder.named_modules() if n == "query_pos_head.layers.1"]
+    assert layers
+    for layer in layers:  # uniform in +-1/sqrt(inputs)
+        assert layer.weight.abs().max() > 0.8 * layer.in_features**-0.5
+    for head in model.model.decoder.bbox_embed:
+        assert not head.layers[-1].weight.any()
+
+
+@pytest.mark.parametrize("architecture", HYBRID)
+def test_predictions_that_are_not_finite_are_named(tmp_path, architecture):
+    model = make(architecture, tmp_path).train()
+    with torch.no_grad():
+        model.model.enc_score_head.bias.fill_(torch.nan)
+        model.model.decoder.class_embed[0].bias.fill_(torch.nan)
+        model.model.decoder.class_embed[-1].bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="logits are not"):
+        model(pixel_values=torch.randn(2, 3, 64, 64), pixel_mask=torch.ones(2, 64, 64), labels=targets())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_boxes_are_float32_under_autocast(tmp_path, architecture):
     model = make(architecture, tmp_path).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -21,7 +21,7 @@ from .modeling_deperceiver_v2 import (
     DePerceiverV2PreTrainedModel,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 for _config, _model, _detector, _processor in (
     (DePerceiverConfig, DePerceiverModel, DePerceiverForObjectDetection, DePerceiverImageProcessor),

@@ -28,8 +28,8 @@ MIN_SIGMA = 0.004  # of the image's side
 LARGEST_RADIUS = 2.0  # of where the heads look, in half sides of the box; further away padding might be nearer
 FIRST_RADIUS, FIRST_SIGMA = 0.7, 0.6  # of the same in a new model
 WAVELENGTHS = (64.0, 1024.0)  # of the waves that tell where a head has read, in halves of a finest cell
-LARGEST_FINE_BOX = 12.0  # half side up to which the shorter wave is unambiguous, in the same unit
-LARGEST_OFFSET = 4.0  # beyond it, in half sides, it is only known that a head has read far away
+LARGEST_FINE_BOX = 8.0  # half side up to which the shorter wave is used: its quarter is LARGEST_RADIUS of them
+LARGEST_OFFSET = 4.0  # in half sides, where the longer wave is cut
 MIN_GRID_SIGMA = 0.125  # in units of the grid: far less than tokens are apart, and within the range of float16
 
 
@@ -179,8 +179,9 @@ def wave_features(geometry: TokenGeometry, dtype: torch.dtype) -> torch.Tensor:
 def read_offsets(waves: torch.Tensor, boxes: torch.Tensor, geometry: TokenGeometry) -> torch.Tensor:
     """Where the heads have read, from the center of the box, in half sides.
 
-    The mean of a wave over what was read, turned back by its phase at the center of the box, tells the mean distance
-    from there. Unlike a mean of positions it survives the rounding of half precision wherever in the image the box is.
+    The mean of a wave over what was read, turned back by its phase at the center of the box, is the sine of the
+    distance from there, which grows up to a quarter of the wavelength. Unlike a mean of positions it survives the
+    rounding of half precision wherever in the image the box is.
 
     Args:
         waves (`torch.Tensor` of shape `(B, Q, H, 8)`): Means of `wave_features`.

@@ -400,7 +400,9 @@ class DePerceiverForObjectDetection(DePerceiverPreTrainedModel):
         if hidden_states is None:
             hidden_states = outputs.last_hidden_state[None]
         logits = self.class_labels_classifier(hidden_states)  # (layers, B, Q, num_labels + 1)
-        pred_boxes = self.bbox_predictor(hidden_states).sigmoid()  # (layers, B, Q, 4)
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):  # whole boxes need the mantissa
+            states = hidden_states.to(self.bbox_predictor.layers[0].weight.dtype)
+            pred_boxes = self.bbox_predictor(states).sigmoid()  # (layers, B, Q, 4)
 
         loss, loss_dict = None, None
         if labels is not None:

@@ -85,18 +85,23 @@ def run_comparison(options: ComparisonOptions) -> ComparisonReport:
 
 def _claim(options: ComparisonOptions) -> int:
     """Record what the runs in the output directory have in common, and return the seed of the search."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingOptions) if f.name in TRAINING_FIELDS - HARMLESS}
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(TrainingOptions)
+        if f.name in TRAINING_FIELDS - HARMLESS
+    }
     common = {
         "options": {name: options.shared.get(name, default) for name, default in defaults.items()},
         **{name: getattr(options, name) for name in ("lrs", "search_minutes", "search_steps")},
     }
-    common = json.loads(json.dumps(common, default=lambda value: None))
+    common = json.loads(json.dumps(common))
     path = options.output_dir / COMPARISON_FILE
     begun = (file.parent for file in options.output_dir.glob(f"runs/*/*/*/{RUN_FILE}"))
     if path.exists() and not all(_has_failed(directory) for directory in begun):
         old = json.loads(path.read_text(encoding="utf-8"))
         seed = old.pop("search_seed")
-        _require_same(options.output_dir, {**old, **old.pop("options")}, {**common, **common.pop("options")})
+        old_options, new_options = old.pop("options"), common.pop("options")
+        _require_same(options.output_dir, {**old, **old_options}, {**common, **new_options})
         return seed
     write_json(path, {**common, "search_seed": options.seeds[0]})
     return options.seeds[0]

@@ -15,6 +15,7 @@ from ..output_files import atomic_path
 from .checkpoints import TrainingProgress
 
 METRICS_FILE = "metrics.jsonl"
+SHOWN = ("loss", "loss_ce", "loss_class", "loss_vfl", "loss_bbox", "loss_giou")  # by the progress bar
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class TrainingLog:
             {"epoch": round(epoch, 4), **means, **rates, "images_per_second": speed, "seconds": progress.seconds},
         )
         if bar is not None:
-            shown = {name: means[name] for name in ("loss", "loss_ce", "loss_bbox", "loss_giou") if name in means}
+            shown = {name: means[name] for name in SHOWN if name in means}
             bar.set_postfix({name: f"{value:.3g}" for name, value in (shown | rates).items() if value is not None})
 
     def write_evaluation(self, progress: TrainingProgress, epoch: float, metrics: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The architectures that can be trained on the same data, backbone and schedule, one module each.
 
-Imports nothing of the training loop but its options.
+Imports nothing of the training loop but its options and the image size that follows from them.
 """
 
 from .architecture import Architecture

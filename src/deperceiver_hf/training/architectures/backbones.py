@@ -98,6 +98,18 @@ def _forget_batch_counters(backbone: nn.Module, keys: Any) -> None:
     keys.unexpected_keys[:] = [name for name in keys.unexpected_keys if not name.endswith("num_batches_tracked")]
 
 
+def compute_in_float32(head: nn.Module) -> None:
+    """Let a head work in float32 under autocast, in place: one that predicts whole boxes, not corrections of them,
+    would place them by 8 bits of mantissa."""
+    forward = head.forward
+
+    def forward_in_float32(states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return forward(states.to(next(head.parameters()).dtype))
+
+    head.forward = forward_in_float32
+
+
 def keep_boxes_in_float32(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
     """Forward hook of a box head. Under autocast boxes are in 8 bits of mantissa otherwise, pixels off in an image."""
     return output.float()

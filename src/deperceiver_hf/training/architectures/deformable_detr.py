@@ -17,6 +17,7 @@ from .own_loss import OwnLossInFloat32
 
 FEEDFORWARD_RATIO = 4  # hidden width of an MLP, relative to the model's
 NORM_GROUPS = 32  # of the group norms behind the backbone
+CLASSIFICATION_WEIGHT = 2  # in the loss and, unless given, in the matching, as in the paper
 PRIOR_PROBABILITY = 0.01  # of a class, where the authors let its head start
 
 
@@ -24,7 +25,7 @@ class DeformableDetrForObjectDetection(OwnLossInFloat32, transformers.Deformable
     """transformers' Deformable DETR with its own loss; a saved one is transformers' own class again.
 
     transformers divides the number of objects by the number of processes twice; here the loss is that of all
-    processes' objects.
+    processes' objects. And it weights the classification by 1, here it has the paper's weight of 2.
     """
 
     def __init__(self, config: DeformableDetrConfig):
@@ -45,7 +46,8 @@ class DeformableDetrForObjectDetection(OwnLossInFloat32, transformers.Deformable
         outputs = super().forward(pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
         if labels is not None:
             factor = _correction(sum(len(target["class_labels"]) for target in labels), pixel_values.device)
-            outputs.loss = outputs.loss * factor
+            classification = sum(term for name, term in outputs.loss_dict.items() if name.startswith("loss_ce"))
+            outputs.loss = (outputs.loss + (CLASSIFICATION_WEIGHT - 1) * classification) * factor
             terms = scalars(outputs.loss_dict, "loss_ce", "loss_bbox", "loss_giou")
             outputs.loss_dict = {name: term * factor for name, term in terms.items()}
         return outputs
@@ -73,6 +75,7 @@ def deformable_detr_config(options: TrainingOptions, label_names: list[str]) -> 
         "decoder_ffn_dim": feedforward,
         "encoder_attention_heads": options.nheads,
         "decoder_attention_heads": options.nheads,
+        "class_cost": CLASSIFICATION_WEIGHT,
         **common_fields(options),
     }
     return new_config(DeformableDetrConfig, fields, options, label_names)

@@ -12,7 +12,7 @@ from ...image_processing_deperceiver import DePerceiverImageProcessor
 from ...loss_deperceiver import set_prediction_loss
 from ..arguments import TrainingOptions
 from .architecture import Architecture, common_fields, new_config
-from .backbones import fill_backbone, freeze_early_stages, timm_backbone_config
+from .backbones import compute_in_float32, fill_backbone, freeze_early_stages, timm_backbone_config
 
 
 class DetrForObjectDetection(transformers.DetrForObjectDetection):
@@ -32,6 +32,7 @@ class DetrForObjectDetection(transformers.DetrForObjectDetection):
         super().__init__(config)
         config.auxiliary_loss = False
         config.class_loss_coefficient = 1
+        compute_in_float32(self.bbox_predictor)
         freeze_early_stages(self.model.backbone)
 
     def forward(

@@ -13,6 +13,7 @@ from .backbones import feature_channels, fill_backbone, keep_boxes_in_float32, t
 from .own_loss import OwnLossInFloat32
 
 STRIDES = [8, 16, 32]
+SAME_SPREAD = 0.25  # relative difference up to which weights count as drawn with transformers' standard deviation
 FEEDFORWARD_RATIO = 4  # hidden width of an MLP, relative to the model's
 BOX_HEADS = ("bbox_embed", "enc_bbox_head", "pre_bbox_head")
 
@@ -109,11 +110,20 @@ def hybrid_encoder_saved_fields(options: TrainingOptions, config: PreTrainedConf
 def create_hybrid_encoder_detector(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, options: TrainingOptions, weights: str | None
 ) -> PreTrainedModel:
-    """A new model whose batch norms start as the identity, as in the authors' code: transformers draws the scales of
-    RT-DETRv2's around 0."""
+    """A new model that starts as in the authors' code: batch norms as the identity, and layers of no special start as
+    torch's own. transformers draws the weights of both, and the scales of RT-DETRv2's norms, close to 0."""
     model = model_class(config)
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and "backbone" not in name.split("."):
+        if "backbone" in name.split("."):
+            continue
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Conv2d) and _starts_as_any(module.weight, config):
+            module.reset_parameters()
     fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
     return model
+
+
+def _starts_as_any(weight: torch.Tensor, config: PreTrainedConfig) -> bool:
+    """Whether a new layer's weights are spread as transformers spreads those of layers of no special start."""
+    return bool((weight.std() / config.initializer_range - 1).abs() < SAME_SPREAD)

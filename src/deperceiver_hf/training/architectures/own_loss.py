@@ -15,10 +15,15 @@ class OwnLossInFloat32:
         return partial(_call_in_float32, super().loss_function)
 
 
-def _call_in_float32(function: Any, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _call_in_float32(
+    function: Any, logits: torch.Tensor, labels: list, device: torch.device, pred_boxes: torch.Tensor, *args, **kwargs
+) -> Any:
+    for name, values in (("logits", logits), ("pred_boxes", pred_boxes)):
+        if not values.isfinite().all():
+            raise FloatingPointError(f"the loss needs finite numbers, but {name} are not.")
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        args = [_to_float32(value) for value in args]
-        return function(logits.float(), *args, **{name: _to_float32(value) for name, value in kwargs.items()})
+        args = [_to_float32(value) for value in (logits, labels, device, pred_boxes, *args)]
+        return function(*args, **{name: _to_float32(value) for name, value in kwargs.items()})
 
 
 def _to_float32(value: Any) -> Any:
