@@ -17,6 +17,7 @@ from deperceiver_hf.layers_deperceiver_v2 import (
     PositionBias,
     key_features,
     read_offsets,
+    token_features,
     wave_features,
 )
 from deperceiver_hf.tokens_deperceiver_v2 import TokenGeometry, locate_tokens
@@ -190,7 +191,7 @@ def test_cross_attention_is_attention_with_an_added_bias(padded, position_bias):
     boxes = torch.rand(1, 4, 4) * 0.5 + 0.2
     tokens, token_positions = torch.randn(1, num_tokens, 24), torch.randn(1, num_tokens, 24)
     with torch.no_grad():
-        key, value = key_values(tokens, token_positions, geometry)
+        key, value = key_values(tokens, token_positions, token_features(tokens, geometry, config))
         output, _ = attention(latents, positions, boxes, key, value, geometry)
 
         added = torch.zeros(1, 2, 7, num_tokens)
@@ -264,7 +265,7 @@ def test_only_object_latents_know_where_they_have_read():
     tokens = torch.randn(1, geometry.centers.shape[1], 24)
     latents, boxes = torch.randn(1, 7, 24), torch.rand(1, 4, 4) * 0.5 + 0.2
     with torch.no_grad():
-        key, value = key_values(tokens, tokens, geometry)
+        key, value = key_values(tokens, tokens, token_features(tokens, geometry, config))
         output, _ = attention(latents, latents, boxes, key, value, geometry)
         attention.offset_proj.weight.zero_()
         without, _ = attention(latents, latents, boxes, key, value, geometry)

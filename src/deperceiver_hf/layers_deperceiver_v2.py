@@ -279,28 +279,48 @@ class DePerceiverV2CrossAttention(nn.Module):
         return read, weights
 
 
+class TokenFeatures(NamedTuple):
+    """Extra channels of the tokens, the same for all heads and blocks.
+
+    Attributes:
+        key (`torch.Tensor` of shape `(B or 1, N, F)`): Of the keys, for the positional bias.
+        value (`torch.Tensor` of shape `(B or 1, N, 8)`, *optional*): Of the values, to tell where a head has read.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor | None
+
+
+def token_features(tokens: torch.Tensor, geometry: TokenGeometry, config: DePerceiverV2Config) -> TokenFeatures:
+    """Features of the tokens in the data type in which attention on `tokens` is computed here."""
+    device = tokens.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+    return TokenFeatures(
+        key=key_features(geometry, config.num_feature_levels, dtype),
+        value=wave_features(geometry, dtype) if config.read_offsets else None,
+    )
+
+
 class DePerceiverV2KeyValues(nn.Module):
     """Keys and values of the tokens, by head, with features of the tokens' positions behind."""
 
     def __init__(self, config: DePerceiverV2Config):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.num_levels = config.num_feature_levels
-        self.read_offsets = config.read_offsets
         self.k_proj = nn.Linear(config.d_model, config.d_model)
         self.v_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, geometry: TokenGeometry
+        self, tokens: torch.Tensor, positions: torch.Tensor, features: TokenFeatures
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `(B, H, N, D / H + F)` and values `(B, H, N, D / H (+ 8))` of tokens `(B, N, D)`."""
         key, value = (
             rearrange(states, "b n (h d) -> b h n d", h=self.num_heads)
             for states in (self.k_proj(tokens + positions), self.v_proj(tokens))
         )
-        key = _append(key, key_features(geometry, self.num_levels, key.dtype))
+        key = _append(key, features.key)
         key = nn.functional.pad(key, (0, -key.shape[-1] % CHANNEL_MULTIPLE))
-        return key, _append(value, wave_features(geometry, value.dtype)) if self.read_offsets else value
+        return key, value if features.value is None else _append(value, features.value)
 
 
 def _append(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -338,6 +358,7 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         tokens: torch.Tensor,
         token_positions: torch.Tensor,
         geometry: TokenGeometry,
+        features: TokenFeatures,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         self_attention_mask: torch.Tensor | None,
@@ -348,7 +369,8 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
             latents (`torch.Tensor` of shape `(B, M, D)`): Object latents, then context latents.
             positions (`torch.Tensor` of shape `(B, M, D)`): Added to queries and keys.
             boxes (`torch.Tensor` of shape `(B, Q, 4)`): Of the object latents.
-            tokens, token_positions (`torch.Tensor` of shape `(B, N, D)`), geometry (`TokenGeometry`): What is read.
+            tokens, token_positions (`torch.Tensor` of shape `(B, N, D)`): What is read.
+            geometry (`TokenGeometry`), features (`TokenFeatures`): Where the tokens are.
             key, value: Those of the tokens, if all blocks share them.
             self_attention_mask (`torch.Tensor` of shape `(B or 1, 1, 1 or M, M)`, *optional*): `True` = attend.
 
@@ -361,7 +383,7 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         )
         latents = latents + self.dropout(attended)
         if self.key_values is not None:
-            key, value = self.key_values(tokens, token_positions, geometry)
+            key, value = self.key_values(tokens, token_positions, features)
         read, _ = self.cross_attention(
             self.cross_attention_norm(latents), positions, boxes, key, value, geometry, **kwargs
         )
@@ -388,13 +410,13 @@ class DePerceiverV2WriteBack(nn.Module):
         tokens: torch.Tensor,
         token_positions: torch.Tensor,
         geometry: TokenGeometry,
+        features: TokenFeatures,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Context latents `(B, K, D)` and tokens `(B, N, D)` that have read each other."""
         no_boxes = context.new_zeros(context.shape[0], 0, 4, dtype=torch.float32)
-        context = self.block(
-            context, context_positions, no_boxes, tokens, token_positions, geometry, None, None, None, **kwargs
-        )
+        what_is_read = (tokens, token_positions, geometry, features, None, None)
+        context = self.block(context, context_positions, no_boxes, *what_is_read, None, **kwargs)
         read, _ = self.attention(self.query_norm(tokens) + token_positions, self.key_value_norm(context), **kwargs)
         return context, tokens + read
 

@@ -34,6 +34,7 @@ from .layers_deperceiver_v2 import (
     DePerceiverV2KeyValues,
     DePerceiverV2PositionBias,
     DePerceiverV2WriteBack,
+    token_features,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
 from .tokens_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
@@ -272,8 +273,11 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             all_rows(embedding, tokens.device).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             for embedding in (self.context_latents, self.context_positions)
         )  # (B, K, D)
+        features = token_features(tokens, geometry, self.config)
         if self.write_back is not None:
-            context, tokens = self.write_back(context, context_positions, tokens, token_positions, geometry, **kwargs)
+            context, tokens = self.write_back(
+                context, context_positions, tokens, token_positions, geometry, features, **kwargs
+            )
         selected = self.queries(tokens, geometry)
 
         latents = torch.cat((selected.content, context), dim=1)
@@ -285,7 +289,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             self_attention_mask = denoising.may_attend(latents.shape[1])
             latents, boxes = torch.cat((denoised, latents), dim=1), torch.cat((denoising.boxes, boxes), dim=1)
         self_attention_mask = self._hide_latents(self_attention_mask, selected, denoising)
-        key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, geometry)
+        key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, features)
         num_boxes = boxes.shape[1]
         hidden_states, pred_boxes = [], []
         for layer, bbox_predictor in zip(self.layers, self.bbox_predictors, strict=True):
@@ -297,6 +301,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
                 tokens,
                 token_positions,
                 geometry,
+                features,
                 key,
                 value,
                 self_attention_mask,

@@ -33,7 +33,7 @@ def create_optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("every parameter of the model is frozen: there is nothing to train.")
-    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay)
+    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
 
 def create_scheduler(
