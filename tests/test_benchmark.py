@@ -120,7 +120,7 @@ def test_counts_of_v2_are_those_made_by_hand(preset, channels, share_key_values)
     ("preset", "overrides"),
     [
         *((preset, {}) for preset in PRESETS),
-        ("nano", {"context_write_back": True}),
+        ("nano", {"num_context_latents": 8}),
         ("nano", {"share_key_values": True}),
     ],
 )

@@ -207,7 +207,6 @@ VARIANTS = {
     "no_context": {"num_context_latents": 0},
     "shared": {"share_key_values": True},
     "no_refinement": {"box_refinement": False},
-    "write_back": {"context_write_back": True},
     "no_denoising": {"num_denoising_queries": 0},
     "single": {"feature_strides": 16},
     "focal": {"classification_loss": "focal"},

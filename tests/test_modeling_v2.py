@@ -26,7 +26,6 @@ VARIANTS = {
     "no_position_bias": {"position_bias": False},
     "no_offsets": {"read_offsets": False},
     "no_context": {"num_context_latents": 0},
-    "write_back": {"context_write_back": True},
     "shared": {"share_key_values": True},
     "no_refinement": {"box_refinement": False},
     "one_block": {"decoder_layers": 1},
@@ -240,7 +239,6 @@ def compare_alone_and_beside(model, image, target, size=(107, 130)):
         "no_position_bias",
         "no_offsets",
         "no_context",
-        "write_back",
         "shared",
     ],
 )
@@ -344,7 +342,6 @@ def test_misshapen_inputs_are_refused(pixel_values, pixel_mask, message):
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_queries": 0}, "num_queries"),
         ({"num_context_latents": -1}, "num_context_latents"),
-        ({"num_context_latents": 0, "context_write_back": True}, "num_context_latents"),
         ({"decoder_layers": 0}, "decoder_layers"),
         ({"widening_factor": 0}, "widening_factor"),
         ({"selection_matches": 0}, "selection_matches"),
@@ -524,7 +521,7 @@ def test_labels_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["default", "stride4", "learned", "no_position_bias", "shared", "write_back"])
+@pytest.mark.parametrize("variant", ["default", "stride4", "learned", "no_position_bias", "shared", "no_context"])
 def test_half_precision(variant, dtype, tmp_path, images):
     model = tiny_v2_model(**VARIANTS[variant], num_queries=100)
     model.save_pretrained(tmp_path)
@@ -567,7 +564,7 @@ def test_loading_on_meta_and_device_map(tmp_path, images):
         torch.testing.assert_close(mapped(images).logits.cpu(), model(images).logits)
 
 
-@pytest.mark.parametrize("variant", ["default", "learned", "shared", "write_back"])
+@pytest.mark.parametrize("variant", ["default", "learned", "shared", "no_context"])
 def test_offloading_splits_at_the_named_modules(variant, images):
     from accelerate import cpu_offload
 
@@ -579,7 +576,7 @@ def test_offloading_splits_at_the_named_modules(variant, images):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["default", "learned", "shared", "write_back"])
+@pytest.mark.parametrize("variant", ["default", "learned", "shared", "no_context"])
 def test_gradient_checkpointing_gives_equal_gradients(variant, use_reentrant, images, labels):
     plain, checkpointed = tiny_v2_model(**VARIANTS[variant]), tiny_v2_model(**VARIANTS[variant])
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

@@ -14,7 +14,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "d_model": 96,
         "num_attention_heads": 4,
         "num_queries": 60,
-        "num_context_latents": 8,
         "decoder_layers": 3,
         "num_denoising_queries": 40,
     },
@@ -62,11 +61,9 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Heads of every attention.
     num_queries (`int`, *optional*, defaults to 300):
         Number of object latents: the most objects that can be found in an image.
-    num_context_latents (`int`, *optional*, defaults to 16):
-        Number of latents without a box, which read the whole image and which the object latents attend to.
-    context_write_back (`bool`, *optional*, defaults to `False`):
-        Let the context latents read the tokens, and the tokens the context latents, before the object latents are
-        picked.
+    num_context_latents (`int`, *optional*, defaults to 0):
+        Number of latents without a box, which read the whole image and which the object latents attend to. They did
+        not pay in our measurements.
     decoder_layers (`int`, *optional*, defaults to 6):
         Number of blocks, each a self-attention among the latents, a reading of the tokens and an MLP.
     widening_factor (`int`, *optional*, defaults to 4):
@@ -153,8 +150,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     d_model: int = 256
     num_attention_heads: int = 8
     num_queries: int = 300
-    num_context_latents: int = 16
-    context_write_back: bool = False
+    num_context_latents: int = 0
     decoder_layers: int = 6
     widening_factor: int = 4
     dropout: float | int = 0.0
@@ -221,8 +217,6 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
             *("class_loss_coefficient", "bbox_loss_coefficient", "giou_loss_coefficient"),
         )
         self.require_dropouts("dropout", "attention_dropout")
-        if self.context_write_back and not self.num_context_latents:
-            raise ValueError("`context_write_back=True` needs `num_context_latents` of at least 1.")
         self.require_matching_costs()
         for name in ("label_noise_ratio", "focal_alpha"):
             if not 0 <= getattr(self, name) <= 1:

@@ -37,8 +37,7 @@ D / H + F a multiple of 8) and E = 8 of each value (0 without `read_offsets`), K
       MLP                          4 W M D^2
       heads                        4 Q D^2 + 8 Q D (boxes) + 2 Q D K (classes)
 
-The number of latents does not depend on the image, so again all is affine in the N_i; nothing has N^2. Nor has
-`context_write_back`, a block and an attention between the tokens and the few context latents.
+The number of latents does not depend on the image, so again all is affine in the N_i; nothing has N^2.
 
 Activations are the elements that these matrix products and convolutions put out, the usual count, and with attention
 computed plainly, so that its weights (M N for DePerceiver, H M N per block for v2, heads N^2 per encoder layer for

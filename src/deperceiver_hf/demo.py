@@ -107,7 +107,7 @@ def demo_options(output_dir: Path, max_minutes: float) -> TrainingOptions:
         shortest_edge=128,
         longest_edge=128,
         augmentation="flip",
-        batch_size=16,
+        batch_size=8,
         num_workers=0,
         cache_images=True,
         use_bfloat=True,

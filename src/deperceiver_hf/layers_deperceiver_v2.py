@@ -260,6 +260,9 @@ class DePerceiverV2CrossAttention(nn.Module):
             features = torch.cat((placed, features[:, :, num_objects:]), dim=2)
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        width = value.shape[-1]
+        if implementation != "eager":  # fused kernels want keys and values of the same width
+            value = nn.functional.pad(value, (0, key.shape[-1] - width))
         output, weights = attend(
             self,
             torch.cat((query, features), dim=-1),
@@ -273,8 +276,8 @@ class DePerceiverV2CrossAttention(nn.Module):
         channels = query.shape[-1]
         read = self.o_proj(rearrange(output[..., :channels], "b m h d -> b m (h d)"))
         if self.offset_proj is not None:
-            offsets = read_offsets(output[:, :num_objects, :, channels:], boxes, geometry).flatten(2).to(read.dtype)
-            moved = self.offset_proj(offsets)
+            waves = output[:, :num_objects, :, channels:width]
+            moved = self.offset_proj(read_offsets(waves, boxes, geometry).flatten(2).to(read.dtype))
             read = torch.cat((read[:, :num_objects] + moved, read[:, num_objects:]), dim=1)
         return read, weights
 
@@ -389,36 +392,6 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         )
         latents = latents + self.dropout(read)
         return latents + self.dropout(self.mlp(self.mlp_norm(latents)))
-
-
-class DePerceiverV2WriteBack(nn.Module):
-    """Context latents read the tokens, and the tokens read them back: what is far away reaches every token, the
-    selection included, at a cost linear in both."""
-
-    def __init__(self, config: DePerceiverV2Config):
-        super().__init__()
-        dim = config.d_model
-        self.block = DePerceiverV2Block(config)
-        self.query_norm = nn.LayerNorm(dim)
-        self.key_value_norm = nn.LayerNorm(dim)
-        self.attention = DePerceiverAttention(config, dim, dim, config.num_attention_heads, config.attention_dropout)
-
-    def forward(
-        self,
-        context: torch.Tensor,
-        context_positions: torch.Tensor,
-        tokens: torch.Tensor,
-        token_positions: torch.Tensor,
-        geometry: TokenGeometry,
-        features: TokenFeatures,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context latents `(B, K, D)` and tokens `(B, N, D)` that have read each other."""
-        no_boxes = context.new_zeros(context.shape[0], 0, 4, dtype=torch.float32)
-        what_is_read = (tokens, token_positions, geometry, features, None, None)
-        context = self.block(context, context_positions, no_boxes, *what_is_read, None, **kwargs)
-        read, _ = self.attention(self.query_norm(tokens) + token_positions, self.key_value_norm(context), **kwargs)
-        return context, tokens + read
 
 
 class DePerceiverV2BoxPosition(nn.Module):

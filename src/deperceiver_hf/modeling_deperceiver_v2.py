@@ -33,17 +33,16 @@ from .layers_deperceiver_v2 import (
     DePerceiverV2CrossAttention,
     DePerceiverV2KeyValues,
     DePerceiverV2PositionBias,
-    DePerceiverV2WriteBack,
     token_features,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
 from .tokens_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .tokens_deperceiver_v2 import (
+    DePerceiverV2ContextLatents,
     DePerceiverV2InputAdapter,
     DePerceiverV2LearnedQueries,
     DePerceiverV2TokenSelector,
     SelectedTokens,
-    all_rows,
     inverse_sigmoid,
     locate_tokens,
 )
@@ -211,9 +210,9 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
 @auto_docstring(custom_intro="DePerceiver v2 without class heads: from pixels to object latents and their boxes.")
 class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": OutputRecorder(DePerceiverV2Block, layer_name="layers"),
-        "attentions": OutputRecorder(DePerceiverAttention, index=1, layer_name="layers"),
-        "cross_attentions": OutputRecorder(DePerceiverV2CrossAttention, index=1, layer_name="layers"),
+        "hidden_states": DePerceiverV2Block,
+        "attentions": OutputRecorder(DePerceiverAttention, index=1),
+        "cross_attentions": OutputRecorder(DePerceiverV2CrossAttention, index=1),
     }
 
     def __init__(self, config: DePerceiverV2Config):
@@ -224,9 +223,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         self.queries = (
             DePerceiverV2TokenSelector(config) if config.query_selection else DePerceiverV2LearnedQueries(config)
         )
-        self.context_latents = nn.Embedding(config.num_context_latents, config.d_model)
-        self.context_positions = nn.Embedding(config.num_context_latents, config.d_model)
-        self.write_back = DePerceiverV2WriteBack(config) if config.context_write_back else None
+        self.context_latents = DePerceiverV2ContextLatents(config) if config.num_context_latents else None
         self.denoising_classes = None
         if config.num_denoising_queries:
             self.denoising_classes = nn.Embedding(config.num_labels, config.d_model)
@@ -269,17 +266,12 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         feature_maps = self.backbone(pixel_values, pixel_mask)
         geometry = locate_tokens(feature_maps, self.backbone.strides, pixel_values.shape[-2:], pixel_mask)
         tokens, token_positions = self.input_adapter(feature_maps, geometry)
-        context, context_positions = (
-            all_rows(embedding, tokens.device).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-            for embedding in (self.context_latents, self.context_positions)
-        )  # (B, K, D)
         features = token_features(tokens, geometry, self.config)
-        if self.write_back is not None:
-            context, tokens = self.write_back(
-                context, context_positions, tokens, token_positions, geometry, features, **kwargs
-            )
         selected = self.queries(tokens, geometry)
 
+        context = context_positions = tokens.new_zeros(tokens.shape[0], 0, tokens.shape[2])  # (B, K, D)
+        if self.context_latents is not None:
+            context, context_positions = self.context_latents(tokens)
         latents = torch.cat((selected.content, context), dim=1)
         # Boxes of selected tokens learn from the loss of the selection, learned ones from that of the blocks.
         boxes = selected.boxes if selected.logits is None else selected.boxes.detach()

@@ -193,14 +193,13 @@ def _describe_architecture(config: DePerceiverV2Config) -> dict[str, str]:
     first_boxes = "the box before" if config.box_refinement else "the first box"
     around = ", each around a place of its own near the box" if config.position_bias else ""
     told = "; the latent is told where they have read" if config.read_offsets else ""
-    written = "; the tokens read them once, before the selection" if config.context_write_back else ""
     keys = "once for all blocks" if config.share_key_values else "by each block"
     noise = f"about {config.num_denoising_queries} queries, in training only"
     return {
         "backbone": describe_backbone(config),
         "tokens": f"{config.d_model} channels, by a 1x1 convolution and a norm for each feature map",
         "object latents": f"{config.num_queries}, {origin}",
-        "context latents": f"{config.num_context_latents}, without a box{written}",
+        **({"context latents": f"{config.num_context_latents}, without a box"} if config.num_context_latents else {}),
         "blocks": f"{config.decoder_layers}, of self-attention, reading of the tokens and MLP",
         "reading": f"{heads}{around}{told}; keys and values computed {keys}",
         "MLP": f"{config.widening_factor * config.d_model:,} hidden channels",
