@@ -15,6 +15,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_queries": 60,
         "decoder_layers": 3,
+        "share_key_values": True,
         "num_denoising_queries": 40,
     },
     "small": {

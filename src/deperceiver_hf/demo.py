@@ -98,6 +98,7 @@ def demo_options(output_dir: Path, max_minutes: float) -> TrainingOptions:
     return TrainingOptions(
         architecture="deperceiver_v2",
         preset=PRESET,
+        num_queries=40,
         no_pretrained_backbone=True,
         attn_implementation="eager",
         dataset=SCENES,
