@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What RT-DETRv2 and D-FINE share: the hybrid encoder, contrastive denoising, and images without padding."""
 
+import math
 from typing import Any
 
 import torch
@@ -120,6 +121,7 @@ def create_hybrid_encoder_detector(
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear | nn.Conv2d) and _starts_as_any(module.weight, config):
             module.reset_parameters()
+    _start_heads(model, config)
     fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
     return model
 
@@ -127,3 +129,16 @@ def create_hybrid_encoder_detector(
 def _starts_as_any(weight: torch.Tensor, config: PreTrainedConfig) -> bool:
     """Whether a new layer's weights are spread as transformers spreads those of layers of no special start."""
     return bool((weight.std() / config.initializer_range - 1).abs() < SAME_SPREAD)
+
+
+@torch.no_grad()
+def _start_heads(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Boxes start on their references and classes as rare, as transformers means them to but does not see to."""
+    decoder = model.model.decoder
+    prior = config.initializer_bias_prior_prob or 1 / (config.num_labels + 1)
+    for head in [*decoder.class_embed, model.model.enc_score_head]:
+        nn.init.xavier_uniform_(head.weight)
+        nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
+    for head in [*decoder.bbox_embed, model.model.enc_bbox_head]:
+        nn.init.zeros_(head.layers[-1].weight)
+        nn.init.zeros_(head.layers[-1].bias)
