@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from deperceiver_hf import (
     DePerceiverConfig,
@@ -84,3 +85,10 @@ def labels() -> list[dict[str, torch.Tensor]]:
         {"class_labels": torch.tensor([0, 4, 2]), "boxes": torch.tensor(boxes)},
         {"class_labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)},
     ]
+
+
+@pytest.fixture(autouse=True)
+def forget_accelerator():
+    """What a test's accelerator was set to, its precision above all, must not reach the next test's."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
