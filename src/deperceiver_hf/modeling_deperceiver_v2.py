@@ -2,7 +2,7 @@
 """DePerceiver v2: a Perceiver whose latents are the objects.
 
     image -> backbone -> tokens of several strides
-          -> the most promising tokens become object latents, each with a box; learned context latents join them
+          -> the most promising tokens become object latents, each with a box; learned context latents may join
           -> blocks: latents attend to each other, read all tokens (each head near the box), refine their boxes
 
 The first architecture reads the objects out of anonymous latents at the end, once; positions of small objects do not
