@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from deperceiver_hf.comparison import ModelSpec, parse_arguments, run_comparison, runs
 from deperceiver_hf.comparison.plot import mean_curve
+from deperceiver_hf.comparison.report import ComparisonReport, make_report
 from deperceiver_hf.comparison.results import _final_loss, read_run
 from deperceiver_hf.cost import count_cost
 from deperceiver_hf.training import DetectionTrainer, build_model
@@ -129,6 +130,35 @@ def test_report_says_what_was_done_in_words_and_pictures(finished):
     ):
         assert fact in text
     assert (finished / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_warns_of_rates_at_the_end_of_those_tried(finished):
+    report = make_report(parse_arguments(command(finished, f"{DEPERCEIVER} {DETR}", f"--steps 2 {SEARCH}")))
+    assert "lowest or highest that was tried for mine, detr: try more." in report.markdown()
+    trial = next(run for run in report.runs if run.budget == "search" and run.model == "mine")
+    better, worse = (trial.metrics | {"ap": ap} for ap in (1.0, -1.0))
+    tried = {1e-3: worse, 3e-3: better, 1e-2: worse}
+    trials = [dataclasses.replace(trial, lr=lr, metrics=metrics) for lr, metrics in tried.items()]
+    assert "try more" not in ComparisonReport(["mine"], trials).markdown()
+
+
+def test_report_names_the_commands_and_machines_of_its_runs(finished):
+    options = parse_arguments(command(finished, f"{DEPERCEIVER} {DETR}", f"--steps 2 --seeds 1 {SEARCH}"))
+    report = make_report(options)
+    (done_by,) = report.commands  # by an earlier command: this one has nothing left to do
+    assert "--seeds 0 1" in done_by
+    assert f"    {done_by}\n" in report.markdown()
+    assert "did not have the same machine" not in report.markdown()
+
+    def timed(run, command, threads):
+        facts = run.facts | {"command": command, "machine": run.facts["machine"] | {"threads": threads}}
+        return dataclasses.replace(run, budget="minutes-1", facts=facts)
+
+    run = report.runs_of("steps-2")[0]
+    two = ComparisonReport(report.models, [timed(run, "first", 1), timed(run, "second", 2)])
+    assert two.commands == ["first", "second"]
+    assert [machine["threads"] for machine in two.machines("minutes-1")] == [1, 2]
+    assert "did not have the same machine" in two.markdown()
 
 
 def test_finished_runs_are_not_done_again(finished, monkeypatch):

@@ -22,12 +22,10 @@ class ComparisonReport:
     """All runs in the output directory of a comparison that are finished or have failed.
 
     Attributes:
-        command: The latest command line.
         models: Names in the order of the rows.
         runs: With trials of learning rates.
     """
 
-    command: str
     models: list[str]
     runs: list[RunResult]
 
@@ -67,12 +65,26 @@ class ComparisonReport:
             }
         return rows
 
+    @property
+    def commands(self) -> list[str]:
+        """The command lines that did the runs, in the order in which they began."""
+        runs = sorted(self.runs, key=lambda run: run.facts["started"])
+        return list(dict.fromkeys(run.facts["command"] for run in runs))
+
+    def machines(self, budget: str | None = None) -> list[dict[str, Any]]:
+        """What the runs of a budget, or all, ran on: hardware, threads, versions of the software."""
+        machines: list[dict[str, Any]] = []
+        for run in self.runs:
+            if budget in (None, run.budget) and run.facts["machine"] not in machines:
+                machines.append(run.facts["machine"])
+        return machines
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain units (FLOPs, seconds, metrics as fractions)."""
         return {
-            "command": self.command,
+            "commands": self.commands,
             "date": _today(),
-            "machines": self._machines(),
+            "machines": self.machines(),
             "tables": {budget: self.rows(budget) for budget in self.budgets},
             "failures": [{"run": _name(run), "error": run.failure} for run in self.failures],
             "runs": [dataclasses.asdict(run) | {"final_loss": _finite(run.final_loss)} for run in self.runs],
@@ -83,6 +95,8 @@ class ComparisonReport:
         lines = ["# Comparison", ""]
         for budget in self.budgets:
             lines += [f"## {budget_title(budget)}", "", *self._table(budget), ""]
+            if budget.startswith("minutes") and len(self.machines(budget)) > 1:
+                lines += ["These runs did not have the same machine, threads or software; see below.", ""]
         if self.failures:
             lines += [
                 "## Failed",
@@ -121,11 +135,13 @@ class ComparisonReport:
         return _markdown_table(["model", *columns], rows)
 
     def _search_table(self, trials: list[RunResult]) -> list[str]:
-        rows = []
+        rows, at_end = [], []
         for model in self.models:
-            finished = [run for run in trials if run.model == model and run.failure is None]
-            best = min(finished, key=lambda run: run.rank, default=None)
-            for run in sorted((run for run in trials if run.model == model), key=lambda run: run.lr):
+            tried = sorted((run for run in trials if run.model == model), key=lambda run: run.lr)
+            best = min((run for run in tried if run.failure is None), key=lambda run: run.rank, default=None)
+            if best is not None and best in (tried[0], tried[-1]):
+                at_end.append(model)
+            for run in tried:
                 if run.failure is not None:
                     rows.append([model, f"{run.lr:g}", str(run.seed), "", "", "failed", ""])
                     continue
@@ -133,11 +149,14 @@ class ComparisonReport:
                 rate = f"**{run.lr:g}**" if run is best else f"{run.lr:g}"
                 rows.append([model, rate, str(run.seed), *result])
         table = _markdown_table(["model", "lr", "seed", "steps", "seconds", "AP", "final loss"], rows)
-        return [*table, "", "Of equal APs, the one with the lower loss (mean of the last fifth) is taken."]
+        notes = "By AP on the evaluation data; of equal APs, the one with the lower loss (mean of the last fifth)."
+        if at_end:
+            notes += f" The rate taken is the lowest or highest that was tried for {', '.join(at_end)}: try more."
+        return [*table, "", notes]
 
     def _how(self) -> list[str]:
         described = [run for run in self.runs if "training_images" in run.facts]
-        lines = [f"    {self.command}", ""]
+        lines = [*(f"    {command}" for command in self.commands), ""]
         for run in described[:1]:
             facts, settings = run.facts, run.facts["settings"]
             lines += [
@@ -158,25 +177,18 @@ class ComparisonReport:
             f"({', '.join(map(str, seeds))}). Times are those of training, without evaluations.",
             *[
                 f"- Machine: {', '.join(f'{name} {value}' for name, value in machine.items() if value is not None)}."
-                for machine in self._machines()
+                for machine in self.machines()
             ],
             f"- Date: {_today()}.",
         ]
         return lines
-
-    def _machines(self) -> list[dict[str, Any]]:
-        machines: list[dict[str, Any]] = []
-        for run in self.runs:
-            if run.facts["machine"] not in machines:
-                machines.append(run.facts["machine"])
-        return machines
 
 
 def make_report(options: ComparisonOptions) -> ComparisonReport:
     """Report on all that is in the output directory; models that are not in `options` come last."""
     runs = read_runs(options.output_dir)
     models = [model.name for model in options.models]
-    return ComparisonReport(options.command, [*models, *sorted({run.model for run in runs} - set(models))], runs)
+    return ComparisonReport([*models, *sorted({run.model for run in runs} - set(models))], runs)
 
 
 def _mean_metric(values: list[float]) -> float | None:

@@ -75,7 +75,8 @@ def run_comparison(options: ComparisonOptions) -> ComparisonReport:
             for model in options.models:
                 if (lr := rates[model.name]) is not None:
                     directory = _run_directory(options, budget, model, f"seed-{seed}")
-                    _do_run(model, options.training_options(model, directory, lr, seed, minutes, steps))
+                    run_options = options.training_options(model, directory, lr, seed, minutes, steps)
+                    _do_run(model, run_options, options.command)
 
     report = make_report(options)
     draw_curves(report, options.output_dir / "comparison.png")
@@ -126,17 +127,18 @@ def _search(options: ComparisonOptions, model: ModelSpec, seed: int) -> float | 
         run_options = options.training_options(
             model, directory, lr, seed, options.search_minutes, options.search_steps
         )
-        _do_run(model, run_options, failure_is_a_result=True)
+        _do_run(model, run_options, options.command, failure_is_a_result=True)
         run = read_run(directory)
         if run.failure is None and (best is None or run.rank < best.rank):
             best = run
     return None if best is None else best.lr
 
 
-def _do_run(model: ModelSpec, options: TrainingOptions, failure_is_a_result: bool = False) -> None:
+def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is_a_result: bool = False) -> None:
     """Begin or go on with a run, if it is not finished.
 
     Args:
+        command: The command line, for the report.
         failure_is_a_result: Do not repeat a run whose loss was not finite.
     """
     directory = Path(options.output_dir)
@@ -157,10 +159,10 @@ def _do_run(model: ModelSpec, options: TrainingOptions, failure_is_a_result: boo
         options = dataclasses.replace(options, resume=resumed, overwrite_output_dir=resumed is None)
         logger.info(f"{directory}: {'resumed' if resumed else 'started'}")
         try:
-            interrupted = _train(model, options)
+            interrupted = _train(model, options, command)
         except (ArithmeticError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, CUDA
             logger.error(f"{directory} failed: {error}", exc_info=isinstance(error, RuntimeError))
-            _describe(directory, model, options)
+            _describe(directory, model, options, command)
             diverged = isinstance(error, NonFiniteLossError)
             write_json(failure, {"error": str(error), "diverged": diverged, "settings": _settings(options)})
             _remove_states(directory)
@@ -174,7 +176,7 @@ def _do_run(model: ModelSpec, options: TrainingOptions, failure_is_a_result: boo
         _remove_states(directory)
 
 
-def _train(model: ModelSpec, options: TrainingOptions) -> bool:
+def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
     """Train; returns whether that was interrupted."""
     trainer = DetectionTrainer(options)
     try:
@@ -184,6 +186,7 @@ def _train(model: ModelSpec, options: TrainingOptions) -> bool:
             Path(options.output_dir),
             model,
             options,
+            command,
             parameters=parameters,
             flops=flops,
             image_size=edge,
@@ -222,7 +225,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _describe(directory: Path, model: ModelSpec, options: TrainingOptions, **facts: Any) -> None:
+def _describe(directory: Path, model: ModelSpec, options: TrainingOptions, command: str, **facts: Any) -> None:
     """Write what a run is and where it runs."""
     description = {
         "model": model.name,
@@ -230,6 +233,7 @@ def _describe(directory: Path, model: ModelSpec, options: TrainingOptions, **fac
         "settings": _settings(options),
         **facts,
         "machine": describe_machine(),
+        "command": command,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     write_json(directory / RUN_FILE, description)
