@@ -5,7 +5,6 @@ A report holds one row per model and is written as JSON or as a Markdown table.
 """
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .cost import check_image_size, count_cost
 from .output_files import atomic_path, require_writable_file, write_json
+from .reports import cpu_name, markdown_table
 from .variants import DEFAULT_BACKBONE, DEFAULT_NUM_LATENTS, VARIANT_NAMES, make_variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,10 +64,8 @@ class BenchmarkReport:
     def markdown(self) -> str:
         """The settings and the table."""
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
-        lines = [settings, "", f"| model | {' | '.join(self.columns)} |", f"|---|{'---:|' * len(self.columns)}"]
-        for name, row in self.rows.items():
-            lines.append(f"| {name} | {' | '.join(column(row) for column in self.columns.values())} |")
-        return "\n".join(lines)
+        rows = [[name, *(column(row) for column in self.columns.values())] for name, row in self.rows.items()]
+        return f"{settings}\n\n{markdown_table(['model', *self.columns], rows)}"
 
     def write(self, path: str | os.PathLike) -> None:
         """Write JSON or Markdown, by the suffix of a path that `check_output` has passed."""
@@ -326,10 +324,7 @@ def device_name(device: torch.device) -> str:
     """What a device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    described = Path("/proc/cpuinfo")
-    lines = described.read_text(encoding="utf-8").splitlines() if described.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"cpu ({models[0] if models else platform.machine()})"
+    return f"cpu ({cpu_name()})"
 
 
 def check_at_least_one(**values: int) -> None:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from .benchmark import (
 )
 from .cost import check_image_size, count_cost, count_peak_memory
 from .output_files import atomic_path, require_writable_file
+from .reports import require_matplotlib
 from .variants import DEFAULT_NUM_LATENTS, make_variant, with_backbone
 
 SCALED_BY_DEFAULT = (
@@ -148,8 +148,7 @@ def check_figure(path: str | os.PathLike) -> Path:
         ValueError: It does not end in `.png`.
         OSError: It cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise ImportError("the picture needs matplotlib; try `pip install deperceiver-hf[comparison]`.")
+    require_matplotlib()
     if Path(path).suffix != ".png":
         raise ValueError(f"the figure {path} must end in .png.")
     return require_writable_file(path)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AP against training time, as a picture; needs matplotlib."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,6 @@ from .results import RunResult
 
 METRICS = {"ap": "AP", "ap_small": "AP of small objects"}
 GRID_POINTS = 200
-
-
-def require_matplotlib() -> None:
-    """Raise `ImportError` if there is no matplotlib."""
-    if find_spec("matplotlib") is None:
-        raise ImportError("the report of a comparison needs matplotlib; try `pip install deperceiver-hf[comparison]`.")
 
 
 def draw_curves(report: ComparisonReport, path: Path) -> None:

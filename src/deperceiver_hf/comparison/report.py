@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from ..output_files import atomic_path, write_json
+from ..reports import markdown_table
 from .arguments import ComparisonOptions
 from .results import RunResult, read_runs
 
@@ -94,7 +95,7 @@ class ComparisonReport:
         """The report as text, with percentages."""
         lines = ["# Comparison", ""]
         for budget in self.budgets:
-            lines += [f"## {budget_title(budget)}", "", *self._table(budget), ""]
+            lines += [f"## {budget_title(budget)}", "", self._table(budget), ""]
             if budget.startswith("minutes") and len(self.machines(budget)) > 1:
                 lines += ["These runs did not have the same machine, threads or software; see below.", ""]
         if self.failures:
@@ -105,7 +106,7 @@ class ComparisonReport:
                 "",
             ]
         if trials := [run for run in self.runs if run.budget == SEARCH]:
-            lines += ["## Search for the learning rate", "", *self._search_table(trials), ""]
+            lines += ["## Search for the learning rate", "", self._search_table(trials), ""]
         return "\n".join([*lines, "## How", "", *self._how()])
 
     def write(self, output_dir: Path) -> None:
@@ -115,7 +116,7 @@ class ComparisonReport:
             picture = "![AP and AP of small objects against training time](comparison.png)"
             temporary.write_text(f"{self.markdown()}\n\n{picture}\n", encoding="utf-8")
 
-    def _table(self, budget: str) -> list[str]:
+    def _table(self, budget: str) -> str:
         columns: dict[str, Callable[[dict[str, Any]], str]] = {
             "parameters (M)": lambda row: f"{row['parameters'] / 1e6:.2f}",
             "GFLOPs": lambda row: f"{row['flops'] / 1e9:.2f}",
@@ -132,9 +133,9 @@ class ComparisonReport:
             "AP by seed": lambda row: ", ".join(f"{seed}: {_percent(ap)}" for seed, ap in row["ap_by_seed"].items()),
         }
         rows = [[name, *(show(row) for show in columns.values())] for name, row in self.rows(budget).items()]
-        return _markdown_table(["model", *columns], rows)
+        return markdown_table(["model", *columns], rows)
 
-    def _search_table(self, trials: list[RunResult]) -> list[str]:
+    def _search_table(self, trials: list[RunResult]) -> str:
         rows, at_end = [], []
         for model in self.models:
             tried = sorted((run for run in trials if run.model == model), key=lambda run: run.lr)
@@ -148,11 +149,11 @@ class ComparisonReport:
                 result = [f"{run.step}", f"{run.seconds:.0f}", _percent(run.metrics["ap"]), f"{run.final_loss:.3f}"]
                 rate = f"**{run.lr:g}**" if run is best else f"{run.lr:g}"
                 rows.append([model, rate, str(run.seed), *result])
-        table = _markdown_table(["model", "lr", "seed", "steps", "seconds", "AP", "final loss"], rows)
+        table = markdown_table(["model", "lr", "seed", "steps", "seconds", "AP", "final loss"], rows)
         notes = "By AP on the evaluation data; of equal APs, the one with the lower loss (mean of the last fifth)."
         if at_end:
             notes += f" The rate taken is the lowest or highest that was tried for {', '.join(at_end)}: try more."
-        return [*table, "", notes]
+        return f"{table}\n\n{notes}"
 
     def _how(self) -> list[str]:
         described = [run for run in self.runs if "training_images" in run.facts]
@@ -216,11 +217,3 @@ def _name(run: RunResult) -> str:
 
 def _today() -> str:
     return datetime.date.today().isoformat()
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|---|{'---:|' * (len(header) - 1)}",
-        *[f"| {' | '.join(row)} |" for row in rows],
-    ]

@@ -20,7 +20,6 @@ import fcntl
 import gc
 import json
 import platform
-import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +32,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..output_files import require_writable_directory, write_json
+from ..reports import cpu_name, require_matplotlib
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
 from ..training.checkpoints import find_states, remove
 from .arguments import TRAINING_FIELDS, ComparisonOptions, ModelSpec
-from .plot import draw_curves, require_matplotlib
+from .plot import draw_curves
 from .report import ComparisonReport, make_report
 from .results import FAILURE_FILE, RUN_FILE, is_finished, read_run
 
@@ -212,12 +212,8 @@ def count_model(options: TrainingOptions, label_names: list[str], edge: int) -> 
 
 def describe_machine() -> dict[str, Any]:
     """What runs are timed on, and by which software."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            cpu = found[1]
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -11,9 +11,10 @@ from ..configuration_deperceiver import DePerceiverConfig
 from ..convert_original import COCO_CATEGORIES
 from ..cost import Cost, count_cost
 from ..modeling_deperceiver import DePerceiverForObjectDetection
+from ..reports import markdown_table
 from ..variants import PAPER_NUM_LATENTS, SCALES, deperceiver_variant, make_variant
 from .evaluations import METRIC_NAMES, Evaluation, card_metadata
-from .tables import IMAGE_SIZE, cost_table, describe_backbone, markdown_table, plural
+from .tables import IMAGE_SIZE, cost_table, describe_backbone, plural
 
 # "DePerceiver: Improving Small Object Detection in DETR", COCO val2017, 50 epochs, ResNet-50.
 PAPER_RESULTS = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .tables import markdown_table, plural
+from ..reports import markdown_table
+from .tables import plural
 
 # Key in an evaluation, name in a card.
 METRIC_NAMES = {

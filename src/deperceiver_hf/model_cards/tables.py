@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and words of the model cards."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from ..configuration_deperceiver import DePerceiverBackboneConfig
 from ..cost import Cost
+from ..reports import markdown_table
 
 IMAGE_SIZE = (800, 1333)  # height, width: the largest that the image processors make by default
 
@@ -22,12 +22,6 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
         "of them attention weights (M)": lambda cost: f"{cost.attention_weights / 1e6:,.1f}",
     }
     return markdown_table(["", *costs], [[title, *map(show, costs.values())] for title, show in formats.items()])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]], labelled: bool = True) -> str:
-    """A Markdown table of numbers, the first column of which are labels."""
-    alignment = ["---" if labelled and not column else "---:" for column in range(len(header))]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, alignment, *rows))
 
 
 def describe_backbone(config: DePerceiverBackboneConfig) -> str:
