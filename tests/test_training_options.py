@@ -20,6 +20,7 @@ from deperceiver_hf.training import (
     detr_config,
     parse_arguments,
 )
+from deperceiver_hf.training.architectures import ARCHITECTURES
 from deperceiver_hf.training.arguments import make_parser
 from deperceiver_hf.training.building import backbone_parameters, pretrained_backbone_name
 from training_runs import TINY_DEPERCEIVER, TINY_DETR, tiny_options
@@ -125,7 +126,9 @@ def test_precision(flags, precision):
     ],
 )
 def test_weights_of_the_backbone(flags, weights):
-    assert pretrained_backbone_name(parse_arguments(flags.split())) == weights
+    options = parse_arguments(flags.split())
+    config = ARCHITECTURES[options.architecture].make_config(options, NAMES)
+    assert pretrained_backbone_name(options, config) == weights
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTr
 from ..saved_models import require_model_source
 from .architectures import ARCHITECTURES
 from .architectures.architecture import as_declared, label_fields
-from .architectures.backbones import DEFAULT_BACKBONE
 from .arguments import TrainingOptions
 from .image_size import DEFAULT_SIZE, training_size
 
@@ -66,12 +65,12 @@ def build_image_processor(options: TrainingOptions) -> Any:
     return processor
 
 
-def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig | None = None) -> str | None:
+def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig) -> str | None:
     """Which weights the backbone of a new model starts from; `None` for random ones.
 
     Args:
         options: What is asked for.
-        config: Of the new model, where the backbone may come from a preset.
+        config: Of the new model: its backbone may come from a preset.
 
     Raises:
         ValueError: The backbone is not of timm, and its weights are not named.
@@ -80,9 +79,7 @@ def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig 
         return None
     if options.pretrained_backbone is not None:
         return options.pretrained_backbone
-    backbone = options.backbone or DEFAULT_BACKBONE
-    if config is not None:
-        backbone = getattr(config.backbone_config, "backbone", None)
+    backbone = getattr(config.backbone_config, "backbone", None)
     if backbone is None:
         raise ValueError(
             f"no weights are known for a backbone of type {config.backbone_config.model_type}: give "
