@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 
 from deperceiver_hf import (
     DePerceiverConfig,
@@ -92,3 +92,4 @@ def forget_accelerator():
     """What a test's accelerator was set to, its precision above all, must not reach the next test's."""
     yield
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()

@@ -14,7 +14,7 @@ from statistics import mean
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 
 from deperceiver_hf.comparison import ModelSpec, parse_arguments, run_comparison, runs
 from deperceiver_hf.comparison.plot import mean_curve
@@ -34,14 +34,6 @@ SHARED = (
     "--max_train_samples 12 --max_eval_samples 3 --num_workers 0 --eval_steps 1 --log_every 1"
 )
 SEARCH = "--lrs 1e-3 1e-2 --search_steps 1"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps the precision of the first run of a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def command(output_dir: Path, models: str, rest: str = "--steps 2", shared: str = SHARED) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import StepLR
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -23,14 +23,6 @@ from deperceiver_hf.training.optimization import create_scheduler, learning_rate
 from training_runs import TINY_DETR, read_log, tiny_options
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps the precision of the first run of a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

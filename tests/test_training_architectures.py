@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 import deperceiver_hf
@@ -23,14 +23,6 @@ SCENES = "synthetic:image_size=64"
 TRANSFORMERS_OWN = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
 HYBRID = ("rt_detr_v2", "d_fine")
 SIGMOID = ("deperceiver_v2", "deformable_detr", *HYBRID)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps the precision of the first run of a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def make(architecture, tmp_path, **options):
