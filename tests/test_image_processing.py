@@ -12,8 +12,11 @@ from PIL import Image
 from torchvision import tv_tensors
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 
-from deperceiver_hf.image_processing_deperceiver import DePerceiverImageProcessor, resized_size
-from deperceiver_hf.image_processing_pil_deperceiver import DePerceiverImageProcessorPil
+from deperceiver_hf.image_processing_deperceiver import (
+    DePerceiverImageProcessor,
+    DePerceiverImageProcessorPil,
+    resized_size,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BACKENDS = [DePerceiverImageProcessor, DePerceiverImageProcessorPil]

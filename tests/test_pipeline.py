@@ -45,7 +45,6 @@ V1_MODEL_FILES = {
 V1_PROCESSOR_FILES = {
     "preprocessor_config.json",
     "image_processing_deperceiver.py",
-    "image_processing_pil_deperceiver.py",
 }
 
 
@@ -106,7 +105,7 @@ ARCHITECTURES = {
             "loss_deperceiver_v2.py",
             "denoising_deperceiver_v2.py",
         },
-        V1_PROCESSOR_FILES | {"image_processing_deperceiver_v2.py", "image_processing_pil_deperceiver_v2.py"},
+        V1_PROCESSOR_FILES | {"image_processing_deperceiver_v2.py"},
     ),
 }
 

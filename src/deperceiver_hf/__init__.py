@@ -10,10 +10,8 @@ from .backbone_weights import create_model
 from .configuration_deperceiver import DePerceiverConfig
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .convert_original import load_original
-from .image_processing_deperceiver import DePerceiverImageProcessor
-from .image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
-from .image_processing_pil_deperceiver import DePerceiverImageProcessorPil
-from .image_processing_pil_deperceiver_v2 import DePerceiverV2ImageProcessorPil
+from .image_processing_deperceiver import DePerceiverImageProcessor, DePerceiverImageProcessorPil
+from .image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor, DePerceiverV2ImageProcessorPil
 from .modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel, DePerceiverPreTrainedModel
 from .modeling_deperceiver_v2 import (
     DePerceiverV2ForObjectDetection,

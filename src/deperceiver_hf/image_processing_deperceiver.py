@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image processor of DePerceiver: images and COCO annotations in, padded batches and targets out, and back again.
 
-`DePerceiverImageProcessor` resizes with torchvision. `DePerceiverImageProcessorPil` (in the sibling file) resizes with
-Pillow, as the 2021 code did, and shares everything else through `DetectionProcessingMixin`.
+`DePerceiverImageProcessor` resizes with torchvision, `DePerceiverImageProcessorPil` with Pillow, as the 2021 code did;
+they share everything else through `DetectionProcessingMixin`.
 """
 
 import operator
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv_functional
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
@@ -166,8 +166,8 @@ class DetectionProcessingMixin:
 
     @classmethod
     def backend_classes(cls) -> dict[str, type]:
-        """The classes of this processor's backends by name."""
-        return image_processor_classes()
+        """The classes of both backends, by the names that `AutoImageProcessor.register` knows them by."""
+        return {"torchvision": DePerceiverImageProcessor, "pil": DePerceiverImageProcessorPil}
 
     def to_dict(self) -> dict[str, Any]:
         """The processor's settings; the saved `auto_map` names the classes of both backends, whichever is saved."""
@@ -276,6 +276,14 @@ class DetectionProcessingMixin:
         return batch
 
 
+class PilProcessingMixin(DetectionProcessingMixin):
+    """What the Pillow backend needs of a processor."""
+
+    def process_image(self, image, **kwargs) -> np.ndarray:
+        """One image as an array `(C, H, W)`, which is what this backend resizes."""
+        return super().process_image(image, **kwargs).cpu().numpy()
+
+
 class DePerceiverImageProcessor(DetectionProcessingMixin, TorchvisionBackend):
     """Image processor of DePerceiver on torchvision, on the CPU or with `device=...` on an accelerator.
 
@@ -285,12 +293,8 @@ class DePerceiverImageProcessor(DetectionProcessingMixin, TorchvisionBackend):
     """
 
 
-def image_processor_classes() -> dict[str, type]:
-    """The classes of both backends by their names in `AutoImageProcessor.register(image_processor_classes=...)`."""
-    # Imported here as the twin imports this file. Saving follows the import, so that both files are in a saved folder.
-    from .image_processing_pil_deperceiver import DePerceiverImageProcessorPil
-
-    return {"torchvision": DePerceiverImageProcessor, "pil": DePerceiverImageProcessorPil}
+class DePerceiverImageProcessorPil(PilProcessingMixin, PilBackend):
+    """Image processor of DePerceiver on Pillow: the same arguments and results as `DePerceiverImageProcessor`."""
 
 
 def boxes_in_pixels(
@@ -464,4 +468,4 @@ def _infer_channel_dimension(shape: torch.Size) -> ChannelDimension:
     )
 
 
-__all__ = ["DePerceiverImageProcessor"]
+__all__ = ["DePerceiverImageProcessor", "DePerceiverImageProcessorPil"]

@@ -4,9 +4,9 @@
 from typing import Any
 
 import torch
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
-from .image_processing_deperceiver import DetectionProcessingMixin, boxes_in_pixels
+from .image_processing_deperceiver import DetectionProcessingMixin, PilProcessingMixin, boxes_in_pixels
 
 
 class SigmoidDetectionMixin(DetectionProcessingMixin):
@@ -14,7 +14,7 @@ class SigmoidDetectionMixin(DetectionProcessingMixin):
 
     @classmethod
     def backend_classes(cls) -> dict[str, type]:
-        return image_processor_classes()
+        return {"torchvision": DePerceiverV2ImageProcessor, "pil": DePerceiverV2ImageProcessorPil}
 
     def post_process_object_detection(
         self,
@@ -64,12 +64,8 @@ class DePerceiverV2ImageProcessor(SigmoidDetectionMixin, TorchvisionBackend):
     """
 
 
-def image_processor_classes() -> dict[str, type]:
-    """The classes of both backends by their names in `AutoImageProcessor.register(image_processor_classes=...)`."""
-    # Imported here as the twin imports this file. Saving follows the import, so that both files are in a saved folder.
-    from .image_processing_pil_deperceiver_v2 import DePerceiverV2ImageProcessorPil
-
-    return {"torchvision": DePerceiverV2ImageProcessor, "pil": DePerceiverV2ImageProcessorPil}
+class DePerceiverV2ImageProcessorPil(SigmoidDetectionMixin, PilProcessingMixin, PilBackend):
+    """Image processor of DePerceiver v2 on Pillow: the same arguments and results as `DePerceiverV2ImageProcessor`."""
 
 
-__all__ = ["DePerceiverV2ImageProcessor"]
+__all__ = ["DePerceiverV2ImageProcessor", "DePerceiverV2ImageProcessorPil"]
