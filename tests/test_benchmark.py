@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverV2Config, DePerceiverV2ForObjectDetection
 from deperceiver_hf.benchmark import compare_costs, compare_times, time_models
-from deperceiver_hf.configuration_deperceiver_v2 import PRESETS
 from deperceiver_hf.cost import Cost, count_cost, count_peak_memory
+from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
 from deperceiver_hf.scaling import compare_scaling, draw_scaling, split_at_backbone
 from deperceiver_hf.variants import (
     SCALES,

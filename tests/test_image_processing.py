@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 
-from deperceiver_hf.image_processing_deperceiver import (
+from deperceiver_hf.models.image_processing_deperceiver import (
     DePerceiverImageProcessor,
     DePerceiverImageProcessorPil,
     resized_size,

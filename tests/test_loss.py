@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import generalized_box_iou as reference_giou
 
 from conftest import tiny_config, tiny_model
-from deperceiver_hf.loss_deperceiver import (
+from deperceiver_hf.models.loss_deperceiver import (
     center_to_corners,
     generalized_box_iou,
     hungarian_match,

@@ -10,9 +10,15 @@ import torch
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from conftest import tiny_v2_config, tiny_v2_model
-from deperceiver_hf.denoising_deperceiver_v2 import make_denoising_queries
-from deperceiver_hf.loss_deperceiver import box_ious, center_to_corners, hungarian_match, matching_cost, pad_targets
-from deperceiver_hf.loss_deperceiver_v2 import (
+from deperceiver_hf.models.denoising_deperceiver_v2 import make_denoising_queries
+from deperceiver_hf.models.loss_deperceiver import (
+    box_ious,
+    center_to_corners,
+    hungarian_match,
+    matching_cost,
+    pad_targets,
+)
+from deperceiver_hf.models.loss_deperceiver_v2 import (
     Predictions,
     classification_loss,
     detection_loss,

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, Res
 
 from conftest import tiny_config, tiny_model
 from deperceiver_hf import DePerceiverConfig, DePerceiverForObjectDetection, DePerceiverModel, create_model
-from deperceiver_hf.tokens_deperceiver import (
+from deperceiver_hf.models.tokens_deperceiver import (
     DePerceiverFrozenBatchNorm2d,
     DePerceiverLearnedPositionEmbedding,
     DePerceiverSinePositionEmbedding,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import tiny_v2_config
-from deperceiver_hf.layers_deperceiver_v2 import (
+from deperceiver_hf.models.layers_deperceiver_v2 import (
     FIRST_RADIUS,
     FIRST_SIGMA,
     HIDDEN_TOKEN,
@@ -20,7 +20,7 @@ from deperceiver_hf.layers_deperceiver_v2 import (
     token_features,
     wave_features,
 )
-from deperceiver_hf.tokens_deperceiver_v2 import TokenGeometry, locate_tokens
+from deperceiver_hf.models.tokens_deperceiver_v2 import TokenGeometry, locate_tokens
 
 SIZES = [(800, 1333), (1333, 750), (97, 61)]
 STRIDES = [[8, 16, 32], [4, 8], [16]]

@@ -316,7 +316,7 @@ def test_what_is_not_given_is_the_default(tmp_path, architecture):
 def test_preset_decides_what_is_not_given(tmp_path):
     nano = {"architecture": "deperceiver_v2", "preset": "nano"}
     config = ARCHITECTURES["deperceiver_v2"].make_config(tiny_options(tmp_path, nano), NAMES)
-    expected = deperceiver_hf.configuration_deperceiver_v2.DePerceiverV2Config.from_preset("nano")
+    expected = deperceiver_hf.models.configuration_deperceiver_v2.DePerceiverV2Config.from_preset("nano")
     assert (config.d_model, config.num_queries) == (expected.d_model, expected.num_queries)
     assert pretrained_backbone_name(tiny_options(tmp_path, nano), config) == expected.backbone_config.backbone
     options = tiny_options(tmp_path, nano, downsample_factor=16, hidden_dim=48)

@@ -7,13 +7,13 @@ Importing the package registers its classes with transformers' Auto classes and 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 
 from .backbone_weights import create_model
-from .configuration_deperceiver import DePerceiverConfig
-from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .convert_original import load_original
-from .image_processing_deperceiver import DePerceiverImageProcessor, DePerceiverImageProcessorPil
-from .image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor, DePerceiverV2ImageProcessorPil
-from .modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel, DePerceiverPreTrainedModel
-from .modeling_deperceiver_v2 import (
+from .models.configuration_deperceiver import DePerceiverConfig
+from .models.configuration_deperceiver_v2 import DePerceiverV2Config
+from .models.image_processing_deperceiver import DePerceiverImageProcessor, DePerceiverImageProcessorPil
+from .models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor, DePerceiverV2ImageProcessorPil
+from .models.modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel, DePerceiverPreTrainedModel
+from .models.modeling_deperceiver_v2 import (
     DePerceiverV2ForObjectDetection,
     DePerceiverV2Model,
     DePerceiverV2PreTrainedModel,

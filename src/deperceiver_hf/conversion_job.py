@@ -11,9 +11,9 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import httpx, validate_repo_id
 
 from .convert_original import load_original
-from .image_processing_deperceiver import DePerceiverImageProcessor
 from .model_cards import make_model_card
-from .modeling_deperceiver import DePerceiverForObjectDetection
+from .models.image_processing_deperceiver import DePerceiverImageProcessor
+from .models.modeling_deperceiver import DePerceiverForObjectDetection
 from .output_files import require_writable_directory
 from .saved_models import load_detector
 

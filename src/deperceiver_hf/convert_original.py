@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .configuration_deperceiver import DePerceiverConfig
-from .modeling_deperceiver import DePerceiverForObjectDetection
+from .models.configuration_deperceiver import DePerceiverConfig
+from .models.modeling_deperceiver import DePerceiverForObjectDetection
 
 # COCO's category names by category id; the ids in the gaps of COCO's numbering were never released.
 COCO_CATEGORIES = {

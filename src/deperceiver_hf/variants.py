@@ -13,10 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection
 
-from .configuration_deperceiver import DePerceiverConfig, timm_out_indices
-from .configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
-from .modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel
-from .modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
+from .models.configuration_deperceiver import DePerceiverConfig, timm_out_indices
+from .models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
+from .models.modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel
+from .models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
 
 SCALES = {"32": [32], "16": [16], "8": [8], "4": [4], "multiscale": [8, 16, 32]}
 DEFAULT_BACKBONE = "resnet50"

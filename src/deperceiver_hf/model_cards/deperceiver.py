@@ -7,10 +7,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..configuration_deperceiver import DePerceiverConfig
 from ..convert_original import COCO_CATEGORIES
 from ..cost import Cost, count_cost
-from ..modeling_deperceiver import DePerceiverForObjectDetection
+from ..models.configuration_deperceiver import DePerceiverConfig
+from ..models.modeling_deperceiver import DePerceiverForObjectDetection
 from ..reports import markdown_table
 from ..variants import PAPER_NUM_LATENTS, SCALES, deperceiver_variant, make_variant
 from .evaluations import METRIC_NAMES, Evaluation, card_metadata

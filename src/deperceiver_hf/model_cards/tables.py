@@ -3,8 +3,8 @@
 
 from collections.abc import Mapping
 
-from ..configuration_deperceiver import DePerceiverBackboneConfig
 from ..cost import Cost
+from ..models.configuration_deperceiver import DePerceiverBackboneConfig
 from ..reports import markdown_table
 
 IMAGE_SIZE = (800, 1333)  # height, width: the largest that the image processors make by default

@@ -7,7 +7,7 @@ from functools import partial
 import transformers
 from transformers import DFineConfig
 
-from ...image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
+from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from ..arguments import TrainingOptions
 from .architecture import Architecture, new_config
 from .backbones import freeze_saved_backbone

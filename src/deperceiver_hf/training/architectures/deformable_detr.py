@@ -9,7 +9,7 @@ import transformers
 from torch import distributed, nn
 from transformers import DeformableDetrConfig
 
-from ...image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
+from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from ..arguments import TrainingOptions
 from .architecture import Architecture, common_fields, new_config, scalars
 from .backbones import fill_backbone, freeze_early_stages, keep_boxes_in_float32, timm_backbone_config

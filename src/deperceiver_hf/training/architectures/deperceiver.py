@@ -5,9 +5,9 @@ import math
 from typing import Any
 
 from ...backbone_weights import create_model
-from ...configuration_deperceiver import DePerceiverConfig
-from ...image_processing_deperceiver import DePerceiverImageProcessor
-from ...modeling_deperceiver import DePerceiverForObjectDetection
+from ...models.configuration_deperceiver import DePerceiverConfig
+from ...models.image_processing_deperceiver import DePerceiverImageProcessor
+from ...models.modeling_deperceiver import DePerceiverForObjectDetection
 from ..arguments import TrainingOptions
 from ..image_size import training_size
 from .architecture import Architecture, common_fields, new_config

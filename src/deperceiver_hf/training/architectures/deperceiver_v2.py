@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from ...backbone_weights import create_model
-from ...configuration_deperceiver_v2 import DePerceiverV2Config
-from ...image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
-from ...modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
+from ...models.configuration_deperceiver_v2 import DePerceiverV2Config
+from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
+from ...models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
 from ..arguments import TrainingOptions
 from .architecture import Architecture, common_fields, new_config
 

@@ -8,8 +8,8 @@ import transformers
 from transformers import DetrConfig
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
-from ...image_processing_deperceiver import DePerceiverImageProcessor
-from ...loss_deperceiver import set_prediction_loss
+from ...models.image_processing_deperceiver import DePerceiverImageProcessor
+from ...models.loss_deperceiver import set_prediction_loss
 from ..arguments import TrainingOptions
 from .architecture import Architecture, common_fields, new_config
 from .backbones import compute_in_float32, fill_backbone, freeze_early_stages, timm_backbone_config
