@@ -13,7 +13,7 @@ import torch
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, AutoBackbone, PreTrainedModel
 from transformers.utils import logging
 
-from .models.configuration_deperceiver import DePerceiverBackboneConfig
+from .models.configuration_backbone_deperceiver import DePerceiverBackboneConfig
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection
 
-from .models.configuration_deperceiver import DePerceiverConfig, timm_out_indices
+from .models.configuration_backbone_deperceiver import timm_out_indices
+from .models.configuration_deperceiver import DePerceiverConfig
 from .models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from .models.modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel
 from .models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection

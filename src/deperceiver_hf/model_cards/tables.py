@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 
 from ..cost import Cost
-from ..models.configuration_deperceiver import DePerceiverBackboneConfig
+from ..models.configuration_backbone_deperceiver import DePerceiverBackboneConfig
 from ..reports import markdown_table
 
 IMAGE_SIZE = (800, 1333)  # height, width: the largest that the image processors make by default

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.utils import auto_docstring
 
-from .configuration_deperceiver import DePerceiverBackboneConfig
+from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
 
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoBackbone
 from transformers import initialization as init
 
-from .configuration_deperceiver import LEVEL_EMBEDDING_DIM, DePerceiverBackboneConfig, DePerceiverConfig
+from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
+from .configuration_deperceiver import LEVEL_EMBEDDING_DIM, DePerceiverConfig
 
 
 def require_images(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, num_channels: int) -> None:

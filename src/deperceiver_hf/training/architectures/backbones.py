@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...backbone_weights import load_backbone_weights
-from ...models.configuration_deperceiver import timm_out_indices
+from ...models.configuration_backbone_deperceiver import timm_out_indices
 from ...models.tokens_deperceiver import backbone_stage
 
 DEFAULT_BACKBONE = "resnet50"
