@@ -11,12 +11,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection, Res
 
 from conftest import tiny_config, tiny_model
 from deperceiver_hf import DePerceiverConfig, DePerceiverForObjectDetection, DePerceiverModel, create_model
-from deperceiver_hf.models.tokens_deperceiver import (
-    DePerceiverFrozenBatchNorm2d,
-    DePerceiverLearnedPositionEmbedding,
-    DePerceiverSinePositionEmbedding,
-    mask_of_cells,
-)
+from deperceiver_hf.models.attention_deperceiver import DePerceiverSinePositionEmbedding
+from deperceiver_hf.models.backbone_deperceiver import DePerceiverFrozenBatchNorm2d, mask_of_cells
+from deperceiver_hf.models.layers_deperceiver import DePerceiverLearnedPositionEmbedding
 
 VARIANTS = {
     "single": {},

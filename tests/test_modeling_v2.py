@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
 
 from conftest import tiny_v2_config, tiny_v2_model
 from deperceiver_hf import DePerceiverV2Config, DePerceiverV2ForObjectDetection, DePerceiverV2Model, create_model
+from deperceiver_hf.models.backbone_deperceiver import DePerceiverFrozenBatchNorm2d
 from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
 from deperceiver_hf.models.layers_deperceiver_v2 import FIRST_RADIUS
-from deperceiver_hf.models.tokens_deperceiver import DePerceiverFrozenBatchNorm2d
 from test_modeling import equal_state, padding_below_and_right
 
 VARIANTS = {

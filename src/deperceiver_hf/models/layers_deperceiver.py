@@ -15,7 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .configuration_deperceiver import DePerceiverConfig
+from .attention_deperceiver import DePerceiverSinePositionEmbedding
+from .configuration_deperceiver import LEVEL_EMBEDDING_DIM, DePerceiverConfig
 
 
 def eager_attention_forward(
@@ -248,3 +249,77 @@ class DePerceiverBoxPredictor(nn.Module):
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states).relu()
         return self.layers[-1](hidden_states)
+
+
+class DePerceiverLearnedPositionEmbedding(nn.Module):
+    """One learned embedding per column (first half of the channels) and per row.
+
+    Args:
+        embedding_dim (`int`): Channels, half for x (first) and half for y.
+        num_positions (`int`): Rows and columns in the tables.
+
+    Raises:
+        ValueError: A feature map has more rows or columns than the tables.
+    """
+
+    def __init__(self, embedding_dim: int, num_positions: int):
+        super().__init__()
+        self.row_embedding = nn.Embedding(num_positions, embedding_dim // 2)
+        self.column_embedding = nn.Embedding(num_positions, embedding_dim // 2)
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Encoding `(1, embedding_dim, h, w)` for a feature map `(B, channels, h, w)`; the mask plays no part."""
+        height, width = features.shape[-2:]
+        if max(height, width) > self.row_embedding.num_embeddings:
+            raise ValueError(
+                f"a feature map of {height} x {width} cells has no learned positions beyond "
+                f"{self.row_embedding.num_embeddings}: use smaller images, `position_embedding_type='sine'`, or train "
+                f"with a larger `num_position_embeddings`."
+            )
+        x = self.column_embedding(torch.arange(width, device=features.device))[None].expand(height, -1, -1)
+        y = self.row_embedding(torch.arange(height, device=features.device))[:, None].expand(-1, width, -1)
+        return rearrange(torch.cat((x, y), dim=-1), "h w d -> 1 d h w").to(features.dtype)
+
+
+class DePerceiverInputAdapter(nn.Module):
+    """Turns feature maps into the tokens that the latents read: 1x1 convolution, plus position, plus level.
+
+    With several levels each has its own convolution to `d_model - 4` channels, and a learned embedding of 4 channels
+    per level is concatenated.
+    """
+
+    def __init__(self, config: DePerceiverConfig, channels: list[int]):
+        super().__init__()
+        self.projections = nn.ModuleList(nn.Conv2d(c, config.token_dim, kernel_size=1) for c in channels)
+        self.level_embedding = None
+        if config.num_feature_levels > 1:
+            self.level_embedding = nn.Embedding(config.num_feature_levels, LEVEL_EMBEDDING_DIM)
+        if config.position_embedding_type == "sine":
+            self.position_embedding = DePerceiverSinePositionEmbedding(config.token_dim)
+        else:
+            self.position_embedding = DePerceiverLearnedPositionEmbedding(
+                config.token_dim, config.num_position_embeddings
+            )
+
+    def forward(
+        self, feature_maps: list[tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            feature_maps (`list[tuple[torch.Tensor, torch.Tensor | None]]`): Per level the features
+                `(B, channels, h, w)` and the mask of their real cells `(B, h, w)`, if any cell is padding.
+
+        Returns:
+            Tokens `(B, N, d_model)` of all levels, and their mask `(B, N)` (1 = real) if the features have one.
+        """
+        tokens, masks = [], []
+        for level, ((features, mask), projection) in enumerate(zip(feature_maps, self.projections, strict=True)):
+            if mask is not None:
+                masks.append(mask.flatten(1))
+            projected = projection(features)
+            level_tokens = rearrange(projected + self.position_embedding(projected, mask), "b d h w -> b (h w) d")
+            if self.level_embedding is not None:
+                embedding = self.level_embedding(torch.full(level_tokens.shape[:2], level, device=features.device))
+                level_tokens = torch.cat((level_tokens, embedding.to(level_tokens.dtype)), dim=-1)
+            tokens.append(level_tokens)
+        return torch.cat(tokens, dim=1), torch.cat(masks, dim=1) if masks else None

@@ -25,22 +25,18 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .backbone_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .configuration_deperceiver import DePerceiverConfig
 from .layers_deperceiver import (
     DePerceiverAttention,
     DePerceiverBoxPredictor,
     DePerceiverCrossAttentionLayer,
     DePerceiverDecoderLayer,
+    DePerceiverInputAdapter,
+    DePerceiverLearnedPositionEmbedding,
     DePerceiverSelfAttentionLayer,
 )
 from .loss_deperceiver import set_prediction_loss
-from .tokens_deperceiver import (
-    DePerceiverBackbone,
-    DePerceiverInputAdapter,
-    DePerceiverLearnedPositionEmbedding,
-    initialize_frozen_parts,
-    require_images,
-)
 
 
 @auto_docstring(custom_intro="Output of the DePerceiver encoder: the latent array after it has read the tokens.")

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .backbone_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .denoising_deperceiver_v2 import DenoisingQueries, make_denoising_queries
 from .layers_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
@@ -36,7 +37,6 @@ from .layers_deperceiver_v2 import (
     token_features,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
-from .tokens_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .tokens_deperceiver_v2 import (
     DePerceiverV2ContextLatents,
     DePerceiverV2InputAdapter,

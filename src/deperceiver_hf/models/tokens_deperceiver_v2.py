@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from .attention_deperceiver import DePerceiverSinePositionEmbedding
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .layers_deperceiver import DePerceiverBoxPredictor
-from .tokens_deperceiver import DePerceiverSinePositionEmbedding
 
 ANCHOR_SIDE = 2.0  # side of the box that a token proposes before it has learned better ones, in strides
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...backbone_weights import load_backbone_weights
+from ...models.backbone_deperceiver import backbone_stage
 from ...models.configuration_backbone_deperceiver import timm_out_indices
-from ...models.tokens_deperceiver import backbone_stage
 
 DEFAULT_BACKBONE = "resnet50"
 

@@ -4,20 +4,17 @@
 Shapes: B images, N tokens, D channels; (H, W) pixels, (h, w) cells of a feature map.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from einops import rearrange
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoBackbone
 from transformers import initialization as init
 
 from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
-from .configuration_deperceiver import LEVEL_EMBEDDING_DIM, DePerceiverConfig
 
 
 def require_images(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, num_channels: int) -> None:
@@ -209,118 +206,3 @@ def initialize_frozen_parts(model: nn.Module) -> None:
             init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
-
-
-class DePerceiverSinePositionEmbedding(nn.Module):
-    """DETR's two-dimensional sine encoding: positions run from 0 to 2 pi over the real (un-padded) part of each axis.
-
-    Args:
-        embedding_dim (`int`): Channels, half for y (first) and half for x.
-        temperature (`float`): Ratio of the longest wavelength to the shortest.
-    """
-
-    def __init__(self, embedding_dim: int, temperature: float = 10000.0):
-        super().__init__()
-        self.axis_dim = embedding_dim // 2
-        self.temperature = temperature
-
-    def encode(self, positions: torch.Tensor) -> torch.Tensor:
-        """Map positions in radians `(...)` to sines and cosines `(..., axis_dim)` of falling frequency."""
-        channel = torch.arange(0, self.axis_dim, 2, dtype=torch.float32, device=positions.device)
-        angles = positions[..., None] / self.temperature ** (channel / self.axis_dim)
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
-
-    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """
-        Args:
-            features (`torch.Tensor` of shape `(B, channels, h, w)`): Feature map that the encoding is for.
-            mask (`torch.Tensor` of shape `(B, h, w)`, *optional*): 1 at real cells, 0 at padding.
-
-        Returns:
-            `torch.Tensor` of shape `(B or 1, embedding_dim, h, w)`.
-        """
-        height, width = features.shape[-2:]
-        if mask is None:
-            y = torch.arange(1, height + 1, dtype=torch.float32, device=features.device)
-            x = torch.arange(1, width + 1, dtype=torch.float32, device=features.device)
-            y = self.encode(y / (height + 1e-6) * 2 * math.pi)[None, :, None].expand(-1, -1, width, -1)
-            x = self.encode(x / (width + 1e-6) * 2 * math.pi)[None, None].expand(-1, height, -1, -1)
-        else:
-            y, x = mask.cumsum(1, dtype=torch.float32), mask.cumsum(2, dtype=torch.float32)
-            y = self.encode(y / (y[:, -1:] + 1e-6) * 2 * math.pi)
-            x = self.encode(x / (x[:, :, -1:] + 1e-6) * 2 * math.pi)
-        return rearrange(torch.cat((y, x), dim=-1), "b h w d -> b d h w").to(features.dtype)
-
-
-class DePerceiverLearnedPositionEmbedding(nn.Module):
-    """One learned embedding per column (first half of the channels) and per row.
-
-    Args:
-        embedding_dim (`int`): Channels, half for x (first) and half for y.
-        num_positions (`int`): Rows and columns in the tables.
-
-    Raises:
-        ValueError: A feature map has more rows or columns than the tables.
-    """
-
-    def __init__(self, embedding_dim: int, num_positions: int):
-        super().__init__()
-        self.row_embedding = nn.Embedding(num_positions, embedding_dim // 2)
-        self.column_embedding = nn.Embedding(num_positions, embedding_dim // 2)
-
-    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Encoding `(1, embedding_dim, h, w)` for a feature map `(B, channels, h, w)`; the mask plays no part."""
-        height, width = features.shape[-2:]
-        if max(height, width) > self.row_embedding.num_embeddings:
-            raise ValueError(
-                f"a feature map of {height} x {width} cells has no learned positions beyond "
-                f"{self.row_embedding.num_embeddings}: use smaller images, `position_embedding_type='sine'`, or train "
-                f"with a larger `num_position_embeddings`."
-            )
-        x = self.column_embedding(torch.arange(width, device=features.device))[None].expand(height, -1, -1)
-        y = self.row_embedding(torch.arange(height, device=features.device))[:, None].expand(-1, width, -1)
-        return rearrange(torch.cat((x, y), dim=-1), "h w d -> 1 d h w").to(features.dtype)
-
-
-class DePerceiverInputAdapter(nn.Module):
-    """Turns feature maps into the tokens that the latents read: 1x1 convolution, plus position, plus level.
-
-    With several levels each has its own convolution to `d_model - 4` channels, and a learned embedding of 4 channels
-    per level is concatenated.
-    """
-
-    def __init__(self, config: DePerceiverConfig, channels: list[int]):
-        super().__init__()
-        self.projections = nn.ModuleList(nn.Conv2d(c, config.token_dim, kernel_size=1) for c in channels)
-        self.level_embedding = None
-        if config.num_feature_levels > 1:
-            self.level_embedding = nn.Embedding(config.num_feature_levels, LEVEL_EMBEDDING_DIM)
-        if config.position_embedding_type == "sine":
-            self.position_embedding = DePerceiverSinePositionEmbedding(config.token_dim)
-        else:
-            self.position_embedding = DePerceiverLearnedPositionEmbedding(
-                config.token_dim, config.num_position_embeddings
-            )
-
-    def forward(
-        self, feature_maps: list[tuple[torch.Tensor, torch.Tensor | None]]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Args:
-            feature_maps (`list[tuple[torch.Tensor, torch.Tensor | None]]`): Per level the features
-                `(B, channels, h, w)` and the mask of their real cells `(B, h, w)`, if any cell is padding.
-
-        Returns:
-            Tokens `(B, N, d_model)` of all levels, and their mask `(B, N)` (1 = real) if the features have one.
-        """
-        tokens, masks = [], []
-        for level, ((features, mask), projection) in enumerate(zip(feature_maps, self.projections, strict=True)):
-            if mask is not None:
-                masks.append(mask.flatten(1))
-            projected = projection(features)
-            level_tokens = rearrange(projected + self.position_embedding(projected, mask), "b d h w -> b (h w) d")
-            if self.level_embedding is not None:
-                embedding = self.level_embedding(torch.full(level_tokens.shape[:2], level, device=features.device))
-                level_tokens = torch.cat((level_tokens, embedding.to(level_tokens.dtype)), dim=-1)
-            tokens.append(level_tokens)
-        return torch.cat(tokens, dim=1), torch.cat(masks, dim=1) if masks else None
