@@ -16,9 +16,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_deperceiver import DePerceiverSinePositionEmbedding
+from .attention_deperceiver import (
+    DePerceiverAttention,
+    DePerceiverMLP,
+    DePerceiverSinePositionEmbedding,
+    eager_attention_forward,
+)
 from .configuration_deperceiver_v2 import DePerceiverV2Config
-from .layers_deperceiver import DePerceiverAttention, DePerceiverMLP, eager_attention_forward
 from .tokens_deperceiver_v2 import TokenGeometry
 
 HIDDEN_TOKEN = -1e4  # added to the attention logits of padding; within the range of float16

@@ -25,11 +25,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
 from .backbone_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .configuration_deperceiver import DePerceiverConfig
 from .layers_deperceiver import (
-    DePerceiverAttention,
-    DePerceiverBoxPredictor,
     DePerceiverCrossAttentionLayer,
     DePerceiverDecoderLayer,
     DePerceiverInputAdapter,

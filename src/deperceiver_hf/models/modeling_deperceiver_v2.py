@@ -24,10 +24,10 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
 from .backbone_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .denoising_deperceiver_v2 import DenoisingQueries, make_denoising_queries
-from .layers_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
 from .layers_deperceiver_v2 import (
     DePerceiverV2Block,
     DePerceiverV2BoxPosition,

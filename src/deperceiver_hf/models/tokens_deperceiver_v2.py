@@ -11,9 +11,8 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .attention_deperceiver import DePerceiverSinePositionEmbedding
+from .attention_deperceiver import DePerceiverBoxPredictor, DePerceiverSinePositionEmbedding
 from .configuration_deperceiver_v2 import DePerceiverV2Config
-from .layers_deperceiver import DePerceiverBoxPredictor
 
 ANCHOR_SIDE = 2.0  # side of the box that a token proposes before it has learned better ones, in strides
 
