@@ -7,7 +7,7 @@ import torch
 
 from deperceiver_hf import DePerceiverForObjectDetection, load_original
 from deperceiver_hf.convert_original import COCO_CATEGORIES, _convert_names, _read_state_dict
-from deperceiver_hf.models.loss_deperceiver import hungarian_match, pad_targets
+from deperceiver_hf.models.matching_deperceiver import hungarian_match, pad_targets
 from golden import GOLDEN_NAMES, golden_inputs, golden_record, golden_state_dict, golden_targets, golden_weight
 
 

@@ -6,7 +6,7 @@ import torch
 
 from conftest import tiny_v2_config, tiny_v2_model
 from deperceiver_hf.models.denoising_deperceiver_v2 import DenoisingQueries, make_denoising_queries
-from deperceiver_hf.models.loss_deperceiver import center_to_corners, pad_targets
+from deperceiver_hf.models.matching_deperceiver import center_to_corners, pad_targets
 from test_loss import random_labels
 from test_modeling_v2 import trained_losses
 

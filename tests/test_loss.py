@@ -8,13 +8,13 @@ import torch
 from torchvision.ops import generalized_box_iou as reference_giou
 
 from conftest import tiny_config, tiny_model
-from deperceiver_hf.models.loss_deperceiver import (
+from deperceiver_hf.models.loss_deperceiver import set_prediction_loss
+from deperceiver_hf.models.matching_deperceiver import (
     center_to_corners,
     generalized_box_iou,
     hungarian_match,
     matching_cost,
     pad_targets,
-    set_prediction_loss,
 )
 
 CONFIG = tiny_config(num_queries=6)

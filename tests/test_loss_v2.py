@@ -11,19 +11,19 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from conftest import tiny_v2_config, tiny_v2_model
 from deperceiver_hf.models.denoising_deperceiver_v2 import make_denoising_queries
-from deperceiver_hf.models.loss_deperceiver import (
-    box_ious,
-    center_to_corners,
-    hungarian_match,
-    matching_cost,
-    pad_targets,
-)
 from deperceiver_hf.models.loss_deperceiver_v2 import (
     Predictions,
     classification_loss,
     detection_loss,
     prepare_targets,
     sigmoid_class_cost,
+)
+from deperceiver_hf.models.matching_deperceiver import (
+    box_ious,
+    center_to_corners,
+    hungarian_match,
+    matching_cost,
+    pad_targets,
 )
 from test_loss import random_labels
 

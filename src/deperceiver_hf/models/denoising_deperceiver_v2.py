@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 
 from .configuration_deperceiver_v2 import DePerceiverV2Config
-from .loss_deperceiver import DetectionTargets, center_to_corners
+from .matching_deperceiver import DetectionTargets, center_to_corners
 
 
 class DenoisingQueries(NamedTuple):

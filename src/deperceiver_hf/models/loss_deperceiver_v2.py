@@ -14,7 +14,7 @@ from torch import nn
 
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .denoising_deperceiver_v2 import DenoisingQueries, object_targets
-from .loss_deperceiver import (
+from .matching_deperceiver import (
     DetectionTargets,
     MatchedPairs,
     box_ious,

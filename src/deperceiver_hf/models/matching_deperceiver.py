@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matching of predictions with objects, for the losses of both architectures and of the models trained beside them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+from transformers import PreTrainedConfig
+
+HIDDEN_COST = 1e6  # of a query that is none, for every object
+
+
+class DetectionTargets(NamedTuple):
+    """The objects of a batch, padded to the same number.
+
+    Attributes:
+        class_labels (`torch.Tensor` of shape `(B, T)`): Classes, 0 in the padding.
+        boxes (`torch.Tensor` of shape `(B, T, 4)`): (center x, center y, width, height) in [0, 1], float32.
+        sizes (`list[int]`): Number of objects in each image.
+    """
+
+    class_labels: torch.Tensor
+    boxes: torch.Tensor
+    sizes: list[int]
+
+
+class MatchedPairs(NamedTuple):
+    """Indices of matched predictions and objects, each `(P,)`: a prediction is `[layer, image, query]`, its object
+    `[image, target]`."""
+
+    layer: torch.Tensor
+    image: torch.Tensor
+    query: torch.Tensor
+    target: torch.Tensor
+
+
+def pad_targets(labels: list[dict[str, torch.Tensor]], device: torch.device) -> DetectionTargets:
+    """Stack the targets of all images.
+
+    Raises:
+        ValueError: An image's `class_labels` and `boxes` are missing or do not fit each other.
+    """
+    for index, target in enumerate(labels):
+        if "class_labels" not in target or "boxes" not in target:
+            raise ValueError(f"`labels[{index}]` needs 'class_labels' and 'boxes', but has {sorted(target)}.")
+        class_shape, box_shape = tuple(target["class_labels"].shape), tuple(target["boxes"].shape)
+        if len(class_shape) != 1 or box_shape != (*class_shape, 4):
+            raise ValueError(
+                f"`labels[{index}]`: 'class_labels' must be (num_objects,) and 'boxes' (num_objects, 4), but they are "
+                f"{class_shape} and {box_shape}."
+            )
+    sizes = [len(target["class_labels"]) for target in labels]
+    pad = nn.utils.rnn.pad_sequence
+    class_labels = pad([target["class_labels"].to(device).long() for target in labels], batch_first=True)
+    boxes = pad([target["boxes"].to(device).float() for target in labels], batch_first=True)
+    return DetectionTargets(class_labels, boxes, sizes)
+
+
+def center_to_corners(boxes: torch.Tensor) -> torch.Tensor:
+    """Convert boxes `(..., 4)` from (center x, center y, width, height) to (left, top, right, bottom)."""
+    center, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((center - 0.5 * size, center + 0.5 * size), dim=-1)
+
+
+def box_ious(boxes1: torch.Tensor, boxes2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """IoU, in [0, 1], and generalised IoU (Rezatofighi et al. 2019, https://arxiv.org/abs/1902.09630), in [-1, 1].
+
+    Args:
+        boxes1, boxes2 (`torch.Tensor` of shapes that broadcast to `(..., 4)`): (left, top, right, bottom).
+            With shapes `(..., Q, 1, 4)` and `(..., 1, T, 4)` all pairs are compared.
+
+    Returns:
+        Two `torch.Tensor` of shape `(...)`.
+    """
+    tiny = torch.finfo(boxes1.dtype).tiny  # two empty boxes at the same place: 0, not 0 / 0
+    left1, top1, right1, bottom1 = boxes1.unbind(-1)
+    left2, top2, right2, bottom2 = boxes2.unbind(-1)
+    area1 = (right1 - left1) * (bottom1 - top1)
+    area2 = (right2 - left2) * (bottom2 - top2)
+    overlap_width = torch.minimum(right1, right2) - torch.maximum(left1, left2)
+    overlap_height = torch.minimum(bottom1, bottom2) - torch.maximum(top1, top2)
+    intersection = overlap_width.clamp(min=0) * overlap_height.clamp(min=0)
+    union = area1 + area2 - intersection
+    hull_width = torch.maximum(right1, right2) - torch.minimum(left1, left2)
+    hull_height = torch.maximum(bottom1, bottom2) - torch.minimum(top1, top2)
+    hull = hull_width * hull_height
+    iou = intersection / union.clamp(min=tiny)
+    return iou, iou - (hull - union) / hull.clamp(min=tiny)
+
+
+def generalized_box_iou(boxes1: torch.Tensor, boxes2: torch.Tensor) -> torch.Tensor:
+    """The second of `box_ious`."""
+    return box_ious(boxes1, boxes2)[1]
+
+
+def softmax_class_cost(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """Cost of each class, minus its probability, for logits `(..., C + 1)`."""
+    return -logits.softmax(-1)
+
+
+def matching_cost(
+    logits: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    targets: DetectionTargets,
+    config: PreTrainedConfig,
+    class_cost_function: Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor] = softmax_class_cost,
+) -> torch.Tensor:
+    """Cost `(L, B, Q, T)` of giving an object to a prediction: that of its class, L1 and `-GIoU` of the boxes,
+    weighted by `class_cost`, `bbox_cost` and `giou_cost`. An image's predictions are compared with its own objects
+    only."""
+    num_layers, _, num_queries, _ = logits.shape
+    classes = targets.class_labels[None, :, None].expand(num_layers, -1, num_queries, -1)
+    class_cost = class_cost_function(logits, config).gather(-1, classes)
+    bbox_cost = torch.cdist(pred_boxes, targets.boxes.expand(num_layers, -1, -1, -1), p=1)
+    giou_cost = -generalized_box_iou(
+        center_to_corners(pred_boxes)[..., None, :], center_to_corners(targets.boxes)[:, None]
+    )
+    return config.class_cost * class_cost + config.bbox_cost * bbox_cost + config.giou_cost * giou_cost
+
+
+@torch.no_grad()
+def hungarian_match(
+    logits: torch.Tensor,
+    pred_boxes: torch.Tensor,
+    targets: DetectionTargets,
+    config: PreTrainedConfig,
+    *,
+    num_classes: int | None = None,
+    class_cost_function: Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor] = softmax_class_cost,
+    query_mask: torch.Tensor | None = None,
+) -> MatchedPairs:
+    """Match predictions and objects one to one at the least total cost, in every layer and image by itself.
+
+    Where there are more objects than queries, the objects that are cheapest to leave out stay unmatched.
+
+    Args:
+        logits (`torch.Tensor` of shape `(L, B, Q, C + 1)`): Class logits, float32.
+        pred_boxes (`torch.Tensor` of shape `(L, B, Q, 4)`): (center x, center y, width, height) in [0, 1], float32.
+        targets (`DetectionTargets`): Objects of the batch.
+        config (`PreTrainedConfig`): Gives `class_cost`, `bbox_cost`, `giou_cost`.
+        num_classes (`int`, *optional*): How many of the logits are classes; by default all but the last.
+        class_cost_function: Cost of each class for given logits; by default minus the softmax.
+        query_mask (`torch.Tensor` of shape `(B, Q)`, *optional*): `False` at queries that get an object only where
+            there are more objects than other queries.
+
+    Raises:
+        FloatingPointError: Predictions or target boxes are not finite; says which.
+        ValueError: A class label is not one of the model's.
+    """
+    num_layers, batch_size, num_queries, num_outputs = logits.shape
+    num_classes = num_outputs - 1 if num_classes is None else num_classes
+    class_labels = targets.class_labels
+    problems = {
+        "logits": ~logits.isfinite().all(),
+        "pred_boxes": ~pred_boxes.isfinite().all(),
+        "target boxes": ~targets.boxes.isfinite().all(),
+        "class_labels": ((class_labels < 0) | (class_labels >= num_classes)).any(),
+    }
+    labels_in_range = targets._replace(class_labels=class_labels.clamp(0, num_classes - 1))
+    cost = matching_cost(logits, pred_boxes, labels_in_range, config, class_cost_function)
+    if query_mask is not None:  # all objects alike, so that these queries have no part in who gets which of the others
+        cost = cost.masked_fill(~query_mask[..., None], HIDDEN_COST)
+    # One copy brings the costs and the verdicts on the inputs to the host.
+    flags = torch.stack(list(problems.values())).to(cost.dtype)
+    on_host = torch.cat((flags, cost.flatten())).cpu()
+    found = [name for name, flag in zip(problems, on_host[: len(problems)].tolist(), strict=True) if flag]
+    if "class_labels" in found:
+        raise ValueError(
+            f"`class_labels` must be in [0, {num_classes}) for a model with {num_classes} classes. Use "
+            f"contiguous labels, and a model whose `num_labels` is that of the dataset."
+        )
+    if found:
+        raise FloatingPointError(f"matching needs finite numbers, but these are not: {', '.join(found)}.")
+    costs = on_host[len(problems) :].view(num_layers, batch_size, num_queries, -1).numpy()
+
+    pairs: list[tuple[int, int, int, int]] = []
+    for layer in range(num_layers):
+        for image, size in enumerate(targets.sizes):
+            queries, objects = linear_sum_assignment(costs[layer, image, :, :size])
+            pairs.extend((layer, image, int(q), int(t)) for q, t in zip(queries, objects, strict=True))
+    indices = torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.contiguous()
+    return MatchedPairs(*indices.to(logits.device, non_blocking=True))
+
+
+def mean_boxes_per_process(num_boxes: int, device: torch.device) -> torch.Tensor:
+    """Objects in all processes' batches divided by the number of processes, at least 1.
+
+    Distributed training averages gradients over processes, so with this divisor they equal those of one process that
+    holds the joint batch.
+    """
+    total = torch.tensor(float(num_boxes), device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+        total = total / torch.distributed.get_world_size()
+    return total.clamp(min=1)
