@@ -10,7 +10,7 @@ from transformers.image_utils import SizeDict
 
 from deperceiver_hf.data import TrainingBatchSampler, same_size_batches
 from deperceiver_hf.data.sampling import ASPECT_RATIO_EDGES
-from deperceiver_hf.models.image_processing_deperceiver import resized_size
+from deperceiver_hf.models.detection_processing_deperceiver import resized_size
 
 
 class Images:

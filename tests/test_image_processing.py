@@ -12,11 +12,8 @@ from PIL import Image
 from torchvision import tv_tensors
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, SizeDict
 
-from deperceiver_hf.models.image_processing_deperceiver import (
-    DePerceiverImageProcessor,
-    DePerceiverImageProcessorPil,
-    resized_size,
-)
+from deperceiver_hf.models.detection_processing_deperceiver import resized_size
+from deperceiver_hf.models.image_processing_deperceiver import DePerceiverImageProcessor, DePerceiverImageProcessorPil
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BACKENDS = [DePerceiverImageProcessor, DePerceiverImageProcessorPil]

@@ -38,13 +38,17 @@ V1_MODEL_FILES = {
     "model.safetensors",
     "configuration_deperceiver.py",
     "modeling_deperceiver.py",
-    "tokens_deperceiver.py",
     "layers_deperceiver.py",
     "loss_deperceiver.py",
+    "configuration_backbone_deperceiver.py",
+    "backbone_deperceiver.py",
+    "attention_deperceiver.py",
+    "matching_deperceiver.py",
 }
 V1_PROCESSOR_FILES = {
     "preprocessor_config.json",
     "image_processing_deperceiver.py",
+    "detection_processing_deperceiver.py",
 }
 
 
@@ -95,8 +99,9 @@ ARCHITECTURES = {
         DePerceiverV2ImageProcessor,
         DePerceiverV2ImageProcessorPil,
         {"d_model": 32, "num_attention_heads": 2, "decoder_layers": 1, "num_context_latents": 2},
-        # Everything that the files import from their siblings, but not the first architecture's model itself.
-        V1_MODEL_FILES - {"modeling_deperceiver.py"}
+        # Everything that the files import from their siblings: what both share, and nothing of the first's own.
+        V1_MODEL_FILES
+        - {"configuration_deperceiver.py", "modeling_deperceiver.py", "layers_deperceiver.py", "loss_deperceiver.py"}
         | {
             "configuration_deperceiver_v2.py",
             "modeling_deperceiver_v2.py",
@@ -105,7 +110,7 @@ ARCHITECTURES = {
             "loss_deperceiver_v2.py",
             "denoising_deperceiver_v2.py",
         },
-        V1_PROCESSOR_FILES | {"image_processing_deperceiver_v2.py"},
+        V1_PROCESSOR_FILES - {"image_processing_deperceiver.py"} | {"image_processing_deperceiver_v2.py"},
     ),
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.image_utils import SizeDict
 
-from ..models.image_processing_deperceiver import resized_size
+from ..models.detection_processing_deperceiver import resized_size
 from .loading import DetectionDataset
 
 ASPECT_RATIO_EDGES = (0.5, 1 / 1.4, 1.0, 1.4, 2.0)

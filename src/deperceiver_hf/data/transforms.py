@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from transformers.image_utils import SizeDict
 
-from ..models.image_processing_deperceiver import resized_size
+from ..models.detection_processing_deperceiver import resized_size
 
 AUGMENTATIONS = ("original", "flip", "none", "crop", "crop_any_orientation")
 

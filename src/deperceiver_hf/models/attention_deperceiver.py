@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention, MLP, sine positions and the box head: the parts that both architectures are built of."""
+"""Attention, MLP, sine positions and the box head: the parts that both architectures are built of.
+
+Shapes: B images, Q queries, K keys, D channels; (h, w) cells of a feature map.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,12 +10,11 @@ from collections.abc import Callable
 import torch
 from einops import rearrange
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-
-from .configuration_deperceiver import DePerceiverConfig
 
 
 class DePerceiverSinePositionEmbedding(nn.Module):
@@ -89,7 +91,7 @@ class DePerceiverAttention(nn.Module):
     """Multi-head attention of queries `(B, Q, query_dim)` over keys and values `(B, K, key_value_dim)`."""
 
     def __init__(
-        self, config: DePerceiverConfig, query_dim: int, key_value_dim: int, num_heads: int, attention_dropout: float
+        self, config: PreTrainedConfig, query_dim: int, key_value_dim: int, num_heads: int, attention_dropout: float
     ):
         super().__init__()
         self.config = config

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From pixels to the tokens that a DePerceiver reads: backbone, position encodings, input adapter.
+"""From pixels to feature maps: a timm backbone, frozen as the original froze it, from which padding is hidden.
 
-Shapes: B images, N tokens, D channels; (H, W) pixels, (h, w) cells of a feature map.
+Shapes: B images, C channels; (H, W) pixels, (h, w) cells of a feature map.
 """
 
 import re

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image processor of DePerceiver v2: that of the first architecture, with detections from sigmoid scores."""
+"""Image processor of DePerceiver v2: the preparation that both share, with detections from sigmoid scores."""
 
 from typing import Any
 
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
-from .image_processing_deperceiver import DetectionProcessingMixin, PilProcessingMixin, boxes_in_pixels
+from .detection_processing_deperceiver import DetectionProcessingMixin, PilProcessingMixin, boxes_in_pixels
 
 
 class SigmoidDetectionMixin(DetectionProcessingMixin):

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Set prediction loss (Carion et al. 2020, "End-to-End Object Detection with Transformers", section 3.1).
 
-Predictions and objects are matched one to one at the least total cost (the Hungarian method), for all decoder layers
-and images from one cost tensor and one copy to the host; matched predictions learn class and box, all others
-"no object".
+Predictions that are matched with an object learn its class and box, all others "no object".
 
-Shapes: L decoder layers, B images, Q queries, C classes, T = most objects in an image, P matched pairs.
+Shapes: L decoder layers, B images, Q queries, C classes, P matched pairs.
 """
 
 import torch

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matching of predictions with objects, for the losses of both architectures and of the models trained beside them."""
+"""Matching of predictions with objects, for the losses of both architectures and of the models trained beside them.
+
+Predictions and objects are matched one to one at the least total cost by the Hungarian method (Carion et al. 2020,
+"End-to-End Object Detection with Transformers", section 3.1), for all decoder layers and images from one cost tensor
+and one copy to the host.
+
+Shapes: L decoder layers, B images, Q queries, C classes, T = most objects in an image, P matched pairs.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
