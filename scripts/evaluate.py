@@ -7,7 +7,7 @@ the arguments make no sense.
 
 import argparse
 
-from deperceiver_hf.evaluation_job import prepare_evaluation
+from deperceiver_hf.evaluation.job import prepare_evaluation
 
 
 def parse_arguments() -> argparse.Namespace:

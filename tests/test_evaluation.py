@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from deperceiver_hf.evaluation.evaluator.evaluator import align_labels, evaluate_detector
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
@@ -22,10 +23,9 @@ from transformers.models.auto import CONFIG_MAPPING
 from coco_samples import CATEGORIES, annotation, coco_content, write_coco
 from conftest import tiny_config
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor
-from deperceiver_hf.coco_metric import CocoDetectionMetric
 from deperceiver_hf.data import DetectionDataset, load_detection_data
-from deperceiver_hf.evaluation import align_labels, evaluate_detector
-from deperceiver_hf.evaluation_job import prepare_evaluation
+from deperceiver_hf.evaluation.coco_metric import CocoDetectionMetric
+from deperceiver_hf.evaluation.job import prepare_evaluation
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 NAMES = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]

@@ -13,7 +13,7 @@ import transformers
 from .data import DetectionData, load_detection_data
 from .data.images import decode_rgb
 from .drawing import contact_sheet_rows, draw_contact_sheet, require_supervision
-from .evaluation import evaluate_detector
+from .evaluation.evaluator import evaluate_detector
 from .output_files import write_json
 from .saved_models import load_detector
 from .training import DetectionTrainer, TrainingOptions

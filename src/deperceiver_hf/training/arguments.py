@@ -14,8 +14,8 @@ from typing import Any, Literal
 from accelerate.utils import LoggerType
 from transformers import HfArgumentParser
 
-from ..coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
 from ..data.transforms import AUGMENTATIONS
+from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
 
 ARCHITECTURE_NAMES = ("deperceiver", "deperceiver_v2", "detr", "deformable_detr", "rt_detr_v2", "d_fine")
 

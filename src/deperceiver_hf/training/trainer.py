@@ -18,7 +18,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device, set_seed
 from tqdm.auto import tqdm
 
-from ..coco_metric import areas_of_sizes
 from ..data import (
     DetectionCollator,
     DetectionData,
@@ -29,7 +28,8 @@ from ..data import (
     make_train_transforms,
     require_same_labels,
 )
-from ..evaluation import evaluate_detector
+from ..evaluation.coco_metric import areas_of_sizes
+from ..evaluation.evaluator import evaluate_detector
 from ..output_files import write_json
 from .arguments import TrainingOptions
 from .batches import make_loader

@@ -12,11 +12,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from ..data import DetectionData, load_detection_data
+from ..output_files import require_writable_file, write_json
+from ..saved_models import load_detector, require_model_source
 from .coco_metric import COCO_MAX_DETECTIONS, COCO_SIZE_BOUNDARIES, areas_of_sizes, check_max_detections
-from .data import DetectionData, load_detection_data
-from .evaluation import EvaluationResult, align_labels, autocast_context, evaluate_detector, make_accelerator
-from .output_files import require_writable_file, write_json
-from .saved_models import load_detector, require_model_source
+from .evaluator import EvaluationResult, align_labels, autocast_context, evaluate_detector, make_accelerator
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data import DetectionData, DetectionDataset, same_size_batches
+from ..data.records import is_main_process
 from .coco_metric import (
     COCO_AREA_BOUNDARIES,
     COCO_MAX_DETECTIONS,
@@ -32,8 +34,6 @@ from .coco_metric import (
     check_max_detections,
     xyxy_to_xywh,
 )
-from .data import DetectionData, DetectionDataset, same_size_batches
-from .data.records import is_main_process
 
 logger = logging.get_logger(__name__)
 
