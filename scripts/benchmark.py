@@ -5,8 +5,9 @@ passes, `scaling` shows what follows the backbone against the number of tokens."
 import argparse
 import sys
 
-from deperceiver_hf import benchmark, scaling
-from deperceiver_hf.variants import DEFAULT_NUM_LATENTS, VARIANT_NAMES
+from deperceiver_hf.benchmarks import cost, scaling, timing
+from deperceiver_hf.benchmarks.report import BenchmarkReport, check_output
+from deperceiver_hf.benchmarks.variants import DEFAULT_NUM_LATENTS, VARIANT_NAMES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure latency and, on CUDA, peak memory",
         description="Measure forward passes with random weights. The models take turns, so that noise hits all alike.",
     )
-    timed = benchmark.TIMED_BY_DEFAULT
+    timed = timing.TIMED_BY_DEFAULT
     timing.add_argument(
         "--models",
         nargs="+",
@@ -50,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     timing.add_argument("--batch_size", type=int, default=1, help="Images in a pass (%(default)s).")
     timing.add_argument(
-        "--dtype", choices=list(benchmark.DTYPES), default="float32", help="Of weights and images (%(default)s)."
+        "--dtype", choices=list(timing.DTYPES), default="float32", help="Of weights and images (%(default)s)."
     )
     timing.add_argument("--attn_implementation", default="sdpa", help="sdpa, eager, ... (%(default)s).")
     timing.add_argument("--compile", action="store_true", help="Compile the models with torch.compile.")
@@ -87,14 +88,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_report(parser: argparse.ArgumentParser) -> benchmark.BenchmarkReport:
+def make_report(parser: argparse.ArgumentParser) -> BenchmarkReport:
     options = vars(parser.parse_args())
-    modes = {"cost": benchmark.compare_costs, "time": benchmark.compare_times, "scaling": scaling.compare_scaling}
+    modes = {"cost": cost.compare_costs, "time": timing.compare_times, "scaling": scaling.compare_scaling}
     compare = modes[options.pop("mode")]
     output, figure = options.pop("output"), options.pop("figure", None)
     try:
         if output is not None:
-            benchmark.check_output(output)
+            check_output(output)
         if figure is not None:
             scaling.check_figure(figure)
         report = compare(**options)

@@ -12,11 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverV2Config, DePerceiverV2ForObjectDetection
-from deperceiver_hf.benchmark import compare_costs, compare_times, time_models
-from deperceiver_hf.cost import Cost, count_cost, count_peak_memory
-from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
-from deperceiver_hf.scaling import compare_scaling, draw_scaling, split_at_backbone
-from deperceiver_hf.variants import (
+from deperceiver_hf.benchmarks.cost import Cost, compare_costs, count_cost, count_peak_memory
+from deperceiver_hf.benchmarks.scaling import compare_scaling, draw_scaling, split_at_backbone
+from deperceiver_hf.benchmarks.timing import compare_times, time_models
+from deperceiver_hf.benchmarks.variants import (
     SCALES,
     VARIANT_NAMES,
     deperceiver_v2_variant,
@@ -24,6 +23,7 @@ from deperceiver_hf.variants import (
     make_variant,
     with_backbone,
 )
+from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 SMALL = {"backbone": "resnet18", "num_latents": 24}

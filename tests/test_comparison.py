@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from accelerate.state import PartialState
 
+from deperceiver_hf.benchmarks.cost import count_cost
 from deperceiver_hf.comparison import ModelSpec, parse_arguments, run_comparison, runs
 from deperceiver_hf.comparison.plot import mean_curve
 from deperceiver_hf.comparison.report import ComparisonReport, make_report
 from deperceiver_hf.comparison.results import _final_loss, read_run
-from deperceiver_hf.cost import count_cost
 from deperceiver_hf.training import DetectionTrainer, build_model
 from training_runs import TINY_DEPERCEIVER, TINY_DETR, read_log
 

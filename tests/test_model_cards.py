@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from deperceiver_hf.benchmarks.variants import deperceiver_v2_variant, deperceiver_variant
 from deperceiver_hf.model_cards import CARDS, MEASURED_FILE, make_model_card, read_evaluation, write_model_cards
 from deperceiver_hf.model_cards.deperceiver import PAPER_RESULTS
 from deperceiver_hf.training import ARCHITECTURES, parse_arguments
-from deperceiver_hf.variants import deperceiver_v2_variant, deperceiver_variant
 
 ROOT = Path(__file__).parents[1]
 DIRECTORY = ROOT / "model_cards"

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ..benchmarks.report import markdown_table
 from ..output_files import atomic_path, write_json
-from ..reports import markdown_table
 from .arguments import ComparisonOptions
 from .results import RunResult, read_runs
 

@@ -31,8 +31,8 @@ from accelerate.logging import get_logger
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..benchmarks.report import cpu_name, require_matplotlib
 from ..output_files import require_writable_directory, write_json
-from ..reports import cpu_name, require_matplotlib
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
 from ..training.checkpoints import find_states, remove
 from .arguments import TRAINING_FIELDS, ComparisonOptions, ModelSpec

@@ -7,12 +7,12 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from ..benchmarks.cost import Cost, count_cost
+from ..benchmarks.report import markdown_table
+from ..benchmarks.variants import PAPER_NUM_LATENTS, SCALES, deperceiver_variant, make_variant
 from ..convert_original import COCO_CATEGORIES
-from ..cost import Cost, count_cost
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.modeling_deperceiver import DePerceiverForObjectDetection
-from ..reports import markdown_table
-from ..variants import PAPER_NUM_LATENTS, SCALES, deperceiver_variant, make_variant
 from .evaluations import METRIC_NAMES, Evaluation, card_metadata
 from .tables import IMAGE_SIZE, cost_table, describe_backbone, plural
 

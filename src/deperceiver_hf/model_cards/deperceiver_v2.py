@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from huggingface_hub import ModelCard
 
+from ..benchmarks.cost import Cost, count_cost
+from ..benchmarks.variants import deperceiver_v2_variant, make_detr
 from ..convert_original import COCO_CATEGORIES
-from ..cost import Cost, count_cost
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
-from ..variants import deperceiver_v2_variant, make_detr
 from .evaluations import Evaluation, card_metadata
 from .tables import IMAGE_SIZE, cost_table, describe_backbone, plural
 

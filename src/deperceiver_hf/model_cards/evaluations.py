@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..reports import markdown_table
+from ..benchmarks.report import markdown_table
 from .tables import plural
 
 # Key in an evaluation, name in a card.

@@ -3,9 +3,9 @@
 
 from collections.abc import Mapping
 
-from ..cost import Cost
+from ..benchmarks.cost import Cost
+from ..benchmarks.report import markdown_table
 from ..models.configuration_backbone_deperceiver import DePerceiverBackboneConfig
-from ..reports import markdown_table
 
 IMAGE_SIZE = (800, 1333)  # height, width: the largest that the image processors make by default
 

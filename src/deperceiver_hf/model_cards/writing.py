@@ -10,10 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from ..benchmarks.variants import SCALES, deperceiver_v2_variant, deperceiver_variant
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..output_files import atomic_path, write_json
-from ..variants import SCALES, deperceiver_v2_variant, deperceiver_variant
 from .deperceiver import make_deperceiver_card
 from .deperceiver_v2 import make_deperceiver_v2_card
 from .evaluations import Evaluation, read_evaluation

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of a Perceiver IO (Jaegle et al. 2021, https://arxiv.org/abs/2107.14795): attention and MLP in the pairings of
-DePerceiver, and the adapter that makes its tokens of feature maps.
+"""Layers of a Perceiver IO (Jaegle et al. 2021, https://arxiv.org/abs/2107.14795): attention and MLP as DePerceiver
+pairs them, and the adapter that makes its tokens of feature maps.
 
 Shapes: B images, N tokens, Q queries, K keys, M latents, D channels; (h, w) cells of a feature map.
 """

@@ -15,19 +15,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .benchmark import (
-    OWN_BACKBONES,
-    BenchmarkReport,
-    check_at_least_one,
-    check_models,
-    device_name,
-    find_device,
-    time_models,
-)
-from .cost import check_image_size, count_cost, count_peak_memory
-from .output_files import atomic_path, require_writable_file
-from .reports import require_matplotlib
-from .variants import DEFAULT_NUM_LATENTS, make_variant, with_backbone
+from ..output_files import atomic_path, require_writable_file
+from .cost import check_at_least_one, check_image_size, count_cost, count_peak_memory
+from .report import BenchmarkReport, require_matplotlib
+from .timing import device_name, find_device, time_models
+from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, make_variant, with_backbone
 
 SCALED_BY_DEFAULT = (
     *("detr-32", "detr-16", "detr-multiscale"),
@@ -52,11 +44,11 @@ def compare_scaling(
     """Count and measure what follows the backbone for square images of several sizes.
 
     Args:
-        models: Names of [`~deperceiver_hf.variants.VARIANT_NAMES`].
+        models: Names of [`~deperceiver_hf.benchmarks.variants.VARIANT_NAMES`].
         sizes: Sides of the images in pixels.
         timed: Those of the models that are run, one image at a time in float32 with `"sdpa"` attention. The others
             are counted only.
-        backbone: Name of a timm model for all; if not given, see [`~deperceiver_hf.variants.make_variant`].
+        backbone: Name of a timm model for all; if not given, see [`~deperceiver_hf.benchmarks.variants.make_variant`].
         num_latents: Length of the latent array of the first DePerceiver.
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
         warmup: Passes of each model that do not count.

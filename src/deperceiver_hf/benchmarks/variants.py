@@ -13,14 +13,15 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection
 
-from .models.configuration_backbone_deperceiver import timm_out_indices
-from .models.configuration_deperceiver import DePerceiverConfig
-from .models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
-from .models.modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel
-from .models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
+from ..models.configuration_backbone_deperceiver import timm_out_indices
+from ..models.configuration_deperceiver import DePerceiverConfig
+from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
+from ..models.modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel
+from ..models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
 
 SCALES = {"32": [32], "16": [16], "8": [8], "4": [4], "multiscale": [8, 16, 32]}
 DEFAULT_BACKBONE = "resnet50"
+OWN_BACKBONES = f"{DEFAULT_BACKBONE}, or that of the preset"
 DEFAULT_NUM_LATENTS = 1024  # of the original's command line
 PAPER_NUM_LATENTS = 2048
 ORIGINAL_NUM_LABELS = 91  # the original's labels are COCO's category ids, gaps included
@@ -185,3 +186,14 @@ class MultiscaleDetr(nn.Module):
             object_queries_position_embeddings=positions,
         ).last_hidden_state
         return self.class_labels_classifier(decoded), self.bbox_predictor(decoded).sigmoid()
+
+
+def check_models(models: Sequence[str]) -> None:
+    """Refuse unknown and repeated names with a `ValueError`."""
+    unknown = [name for name in models if name not in VARIANT_NAMES]
+    if unknown or not models:
+        raise ValueError(
+            f"there is no model {', '.join(unknown) or '(none given)'}; choose from {', '.join(VARIANT_NAMES)}."
+        )
+    if len(set(models)) < len(models):
+        raise ValueError(f"a model is named twice in {', '.join(models)}.")

@@ -1,17 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison of DePerceiver with DETR in cost (counted) and in time (measured), side by side in one run.
+"""Forward passes of several models timed side by side in one run."""
 
-A report holds one row per model and is written as JSON or as a Markdown table.
-"""
-
-import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -19,15 +12,13 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from .cost import check_image_size, count_cost
-from .output_files import atomic_path, require_writable_file, write_json
-from .reports import cpu_name, markdown_table
-from .variants import DEFAULT_BACKBONE, DEFAULT_NUM_LATENTS, VARIANT_NAMES, make_variant
+from .cost import check_at_least_one, check_image_size
+from .report import BenchmarkReport, cpu_name
+from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, make_variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TIMED_BY_DEFAULT = ("detr-32", "detr-16", "deperceiver-32", "deperceiver-16")
 OUT_OF_MEMORY = "out of memory"
-OWN_BACKBONES = f"{DEFAULT_BACKBONE}, or that of the preset"
 
 
 @dataclass(frozen=True)
@@ -43,90 +34,6 @@ class Timing:
     latency: float | None
     quartiles: tuple[float, float] | None
     peak_memory: int | None
-
-
-@dataclass(frozen=True)
-class BenchmarkReport:
-    """Rows of figures by name, with what they depend on.
-
-    Attributes:
-        kind: `"cost"`, `"time"` or `"scaling"`.
-        settings: Image size, latents, device and so on.
-        rows: Figures by name, in plain units (FLOPs, elements, seconds, bytes).
-        columns: Title of each column of the table, and how it reads a row.
-    """
-
-    kind: str
-    settings: dict[str, Any]
-    rows: dict[str, dict[str, Any]]
-    columns: dict[str, Callable[[dict[str, Any]], str]]
-
-    def markdown(self) -> str:
-        """The settings and the table."""
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
-        rows = [[name, *(column(row) for column in self.columns.values())] for name, row in self.rows.items()]
-        return f"{settings}\n\n{markdown_table(['model', *self.columns], rows)}"
-
-    def write(self, path: str | os.PathLike) -> None:
-        """Write JSON or Markdown, by the suffix of a path that `check_output` has passed."""
-        if Path(path).suffix == ".json":
-            write_json(path, {"kind": self.kind, "settings": self.settings, "models": self.rows})
-            return
-        with atomic_path(path) as temporary:
-            temporary.write_text(f"{self.markdown()}\n", encoding="utf-8")
-
-
-def check_output(path: str | os.PathLike) -> Path:
-    """Refuse a file for a report that cannot be written.
-
-    Raises:
-        ValueError: Neither `.json` nor `.md`.
-        OSError: It cannot be written.
-    """
-    if Path(path).suffix not in (".json", ".md"):
-        raise ValueError(f"the output {path} must end in .json or .md.")
-    return require_writable_file(path)
-
-
-def compare_costs(
-    models: Sequence[str] = VARIANT_NAMES,
-    *,
-    height: int = 800,
-    width: int = 800,
-    backbone: str | None = None,
-    num_latents: int = DEFAULT_NUM_LATENTS,
-) -> BenchmarkReport:
-    """Count FLOPs, activations and parameters of models for one image; see [`~deperceiver_hf.cost.count_cost`].
-
-    Args:
-        models: Names of [`~deperceiver_hf.variants.VARIANT_NAMES`].
-        height, width: Size of the image in pixels.
-        backbone: Name of a timm model for all; if not given, see [`~deperceiver_hf.variants.make_variant`].
-        num_latents: Length of the latent array of the first DePerceiver.
-
-    Raises:
-        ValueError: An argument is out of range.
-    """
-    check_models(models)
-    check_at_least_one(num_latents=num_latents)
-    rows = {}
-    for name in models:
-        make = partial(make_variant, name, backbone=backbone, num_latents=num_latents, attn_implementation="eager")
-        rows[name] = asdict(count_cost(make, height, width))
-    return BenchmarkReport(
-        kind="cost",
-        settings={"height": height, "width": width, "backbone": backbone or OWN_BACKBONES, "num_latents": num_latents},
-        rows=rows,
-        columns={
-            "tokens": lambda row: f"{row['tokens']:,}",
-            "parameters (M)": lambda row: f"{row['parameters'] / 1e6:.1f}",
-            "backbone GFLOPs": lambda row: f"{row['backbone_flops'] / 1e9:.1f}",
-            "GFLOPs after it": lambda row: f"{row['flops_after_backbone'] / 1e9:,.1f}",
-            "activations after it (M)": lambda row: f"{row['activations_after_backbone'] / 1e6:,.1f}",
-            "of them attention weights (M)": lambda row: f"{row['attention_weights'] / 1e6:,.1f}",
-            "peak memory after it (MiB)": lambda row: f"{row['peak_memory'] / 2**20:,.0f}",
-        },
-    )
 
 
 def compare_times(
@@ -148,10 +55,10 @@ def compare_times(
     """Measure latency and, on CUDA, peak memory of the forward passes of models with random weights.
 
     Args:
-        models: Names of [`~deperceiver_hf.variants.VARIANT_NAMES`]. The first is what the others are compared with.
+        models: Names of `VARIANT_NAMES`. The first is what the others are compared with.
         height, width: Size of the images in pixels; they are not padded.
         batch_size: Number of images.
-        backbone: Name of a timm model for all; if not given, see [`~deperceiver_hf.variants.make_variant`].
+        backbone: Name of a timm model for all; if not given, see [`make_variant`].
         num_latents: Length of the latent array of the first DePerceiver.
         device: `"cpu"`, `"cuda"` or `"cuda:N"`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
@@ -274,17 +181,6 @@ def time_models(
     }
 
 
-def check_models(models: Sequence[str]) -> None:
-    """Refuse unknown and repeated names with a `ValueError`."""
-    unknown = [name for name in models if name not in VARIANT_NAMES]
-    if unknown or not models:
-        raise ValueError(
-            f"there is no model {', '.join(unknown) or '(none given)'}; choose from {', '.join(VARIANT_NAMES)}."
-        )
-    if len(set(models)) < len(models):
-        raise ValueError(f"a model is named twice in {', '.join(models)}.")
-
-
 def _time_once(model: nn.Module, pixel_values: torch.Tensor, device: torch.device) -> tuple[float, int]:
     """Seconds and peak bytes of one forward pass."""
     before = 0
@@ -325,10 +221,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({cpu_name()})"
-
-
-def check_at_least_one(**values: int) -> None:
-    """Refuse values below 1 with a `ValueError`."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}.")

@@ -49,8 +49,9 @@ Peak memory is what is alive at once when a plain forward pass without gradients
 import contextlib
 import math
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,7 +61,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DetrForObjectDetection
 
-from .variants import with_backbone
+from .report import BenchmarkReport
+from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, VARIANT_NAMES, check_models, make_variant, with_backbone
 
 MATRIX_PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -108,7 +110,7 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
 
     Args:
         make_model: Makes a DePerceiver of either architecture, transformers' DETR or a
-            [`~deperceiver_hf.variants.MultiscaleDetr`], with eager attention.
+            [`~deperceiver_hf.benchmarks.variants.MultiscaleDetr`], with eager attention.
         height, width: Size of the image that the model sees, in pixels.
         num_channels: Of the image.
 
@@ -242,3 +244,51 @@ def _drop_masks(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def check_at_least_one(**values: int) -> None:
+    """Refuse values below 1 with a `ValueError`."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
+def compare_costs(
+    models: Sequence[str] = VARIANT_NAMES,
+    *,
+    height: int = 800,
+    width: int = 800,
+    backbone: str | None = None,
+    num_latents: int = DEFAULT_NUM_LATENTS,
+) -> BenchmarkReport:
+    """Count FLOPs, activations and parameters of models for one image; see [`count_cost`].
+
+    Args:
+        models: Names of `VARIANT_NAMES`.
+        height, width: Size of the image in pixels.
+        backbone: Name of a timm model for all; if not given, see [`make_variant`].
+        num_latents: Length of the latent array of the first DePerceiver.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    check_models(models)
+    check_at_least_one(num_latents=num_latents)
+    rows = {}
+    for name in models:
+        make = partial(make_variant, name, backbone=backbone, num_latents=num_latents, attn_implementation="eager")
+        rows[name] = asdict(count_cost(make, height, width))
+    return BenchmarkReport(
+        kind="cost",
+        settings={"height": height, "width": width, "backbone": backbone or OWN_BACKBONES, "num_latents": num_latents},
+        rows=rows,
+        columns={
+            "tokens": lambda row: f"{row['tokens']:,}",
+            "parameters (M)": lambda row: f"{row['parameters'] / 1e6:.1f}",
+            "backbone GFLOPs": lambda row: f"{row['backbone_flops'] / 1e9:.1f}",
+            "GFLOPs after it": lambda row: f"{row['flops_after_backbone'] / 1e9:,.1f}",
+            "activations after it (M)": lambda row: f"{row['activations_after_backbone'] / 1e6:,.1f}",
+            "of them attention weights (M)": lambda row: f"{row['attention_weights'] / 1e6:,.1f}",
+            "peak memory after it (MiB)": lambda row: f"{row['peak_memory'] / 2**20:,.0f}",
+        },
+    )

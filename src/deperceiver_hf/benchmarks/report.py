@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of measurements: one row per model, as JSON or as a Markdown table; what draws their pictures."""
+
+import os
+import platform
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..output_files import atomic_path, require_writable_file, write_json
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]], labelled: bool = True) -> str:
+    """A Markdown table of numbers, the first column of which are labels."""
+    alignment = ["---" if labelled and not column else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, alignment, *rows))
+
+
+def require_matplotlib() -> None:
+    """Raise `ImportError` if there is no matplotlib to draw a picture with."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("the picture needs matplotlib; try `pip install deperceiver-hf[comparison]`.")
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, or its kind where it does not say."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """Rows of figures by name, with what they depend on.
+
+    Attributes:
+        kind: `"cost"`, `"time"` or `"scaling"`.
+        settings: Image size, latents, device and so on.
+        rows: Figures by name, in plain units (FLOPs, elements, seconds, bytes).
+        columns: Title of each column of the table, and how it reads a row.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    columns: dict[str, Callable[[dict[str, Any]], str]]
+
+    def markdown(self) -> str:
+        """The settings and the table."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
+        rows = [[name, *(column(row) for column in self.columns.values())] for name, row in self.rows.items()]
+        return f"{settings}\n\n{markdown_table(['model', *self.columns], rows)}"
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write JSON or Markdown, by the suffix of a path that `check_output` has passed."""
+        if Path(path).suffix == ".json":
+            write_json(path, {"kind": self.kind, "settings": self.settings, "models": self.rows})
+            return
+        with atomic_path(path) as temporary:
+            temporary.write_text(f"{self.markdown()}\n", encoding="utf-8")
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """Refuse a file for a report that cannot be written.
+
+    Raises:
+        ValueError: Neither `.json` nor `.md`.
+        OSError: It cannot be written.
+    """
+    if Path(path).suffix not in (".json", ".md"):
+        raise ValueError(f"the output {path} must end in .json or .md.")
+    return require_writable_file(path)
