@@ -10,7 +10,7 @@ import sys
 
 from transformers.utils import logging
 
-from deperceiver_hf.conversion_job import convert_checkpoint
+from deperceiver_hf.conversion.job import convert_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:

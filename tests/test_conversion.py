@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from deperceiver_hf import DePerceiverForObjectDetection, load_original
-from deperceiver_hf.convert_original import COCO_CATEGORIES, _convert_names, _read_state_dict
+from deperceiver_hf.conversion.original_checkpoint import _convert_names, _read_state_dict
+from deperceiver_hf.data.coco_categories import COCO_CATEGORIES
 from deperceiver_hf.models.matching_deperceiver import hungarian_match, pad_targets
 from golden import GOLDEN_NAMES, golden_inputs, golden_record, golden_state_dict, golden_targets, golden_weight
 

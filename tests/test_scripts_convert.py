@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import pipeline
 
 from deperceiver_hf import load_original
-from deperceiver_hf.conversion_job import PUBLISHED, convert_checkpoint
+from deperceiver_hf.conversion.job import PUBLISHED, convert_checkpoint
 from test_conversion import resnet_state_dict
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert_original_checkpoint.py"

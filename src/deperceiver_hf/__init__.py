@@ -7,7 +7,7 @@ Importing the package registers its classes with transformers' Auto classes and 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 
 from .backbone_weights import create_model
-from .convert_original import load_original
+from .conversion.original_checkpoint import load_original
 from .models.configuration_deperceiver import DePerceiverConfig
 from .models.configuration_deperceiver_v2 import DePerceiverV2Config
 from .models.image_processing_deperceiver import DePerceiverImageProcessor, DePerceiverImageProcessorPil

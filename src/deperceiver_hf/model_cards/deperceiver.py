@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from ..benchmarks.cost import Cost, count_cost
 from ..benchmarks.report import markdown_table
 from ..benchmarks.variants import PAPER_NUM_LATENTS, SCALES, deperceiver_variant, make_variant
-from ..convert_original import COCO_CATEGORIES
+from ..data.coco_categories import COCO_CATEGORIES
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.modeling_deperceiver import DePerceiverForObjectDetection
 from .evaluations import METRIC_NAMES, Evaluation, card_metadata

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from ..benchmarks.cost import Cost, count_cost
 from ..benchmarks.variants import deperceiver_v2_variant, make_detr
-from ..convert_original import COCO_CATEGORIES
+from ..data.coco_categories import COCO_CATEGORIES
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
 from .evaluations import Evaluation, card_metadata

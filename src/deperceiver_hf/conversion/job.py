@@ -10,12 +10,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from .convert_original import load_original
-from .model_cards import make_model_card
-from .models.image_processing_deperceiver import DePerceiverImageProcessor
-from .models.modeling_deperceiver import DePerceiverForObjectDetection
-from .output_files import require_writable_directory
-from .saved_models import load_detector
+from ..model_cards import make_model_card
+from ..models.image_processing_deperceiver import DePerceiverImageProcessor
+from ..models.modeling_deperceiver import DePerceiverForObjectDetection
+from ..output_files import require_writable_directory
+from ..saved_models import load_detector
+from .original_checkpoint import load_original
 
 # What is published of the directory: nothing that happened to be there before.
 PUBLISHED = ("README.md", "*.json", "*.safetensors", "*_deperceiver.py")
