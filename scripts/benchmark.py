@@ -5,7 +5,8 @@ passes, `scaling` shows what follows the backbone against the number of tokens."
 import argparse
 import sys
 
-from deperceiver_hf.benchmarks import cost, scaling, timing
+from deperceiver_hf.benchmarks import cost, scaling
+from deperceiver_hf.benchmarks import timing as forward_timing
 from deperceiver_hf.benchmarks.report import BenchmarkReport, check_output
 from deperceiver_hf.benchmarks.variants import DEFAULT_NUM_LATENTS, VARIANT_NAMES
 
@@ -41,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure latency and, on CUDA, peak memory",
         description="Measure forward passes with random weights. The models take turns, so that noise hits all alike.",
     )
-    timed = timing.TIMED_BY_DEFAULT
+    timed = forward_timing.TIMED_BY_DEFAULT
     timing.add_argument(
         "--models",
         nargs="+",
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     timing.add_argument("--batch_size", type=int, default=1, help="Images in a pass (%(default)s).")
     timing.add_argument(
-        "--dtype", choices=list(timing.DTYPES), default="float32", help="Of weights and images (%(default)s)."
+        "--dtype", choices=list(forward_timing.DTYPES), default="float32", help="Of weights and images (%(default)s)."
     )
     timing.add_argument("--attn_implementation", default="sdpa", help="sdpa, eager, ... (%(default)s).")
     timing.add_argument("--compile", action="store_true", help="Compile the models with torch.compile.")
@@ -82,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     growth.add_argument("--figure", help="Draw the report in this .png file, too.")
     for mode, warmup, repeats in ((timing, 2, 10), (growth, 1, 3)):
-        mode.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s).")
+        mode.add_argument("--device", default="cpu", help="auto, cpu, cuda:1, mps, ... (%(default)s).")
         mode.add_argument("--warmup", type=int, default=warmup, help="Passes that do not count (%(default)s).")
         mode.add_argument("--repeats", type=int, default=repeats, help="Passes that count (%(default)s).")
     return parser
@@ -90,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def make_report(parser: argparse.ArgumentParser) -> BenchmarkReport:
     options = vars(parser.parse_args())
-    modes = {"cost": cost.compare_costs, "time": timing.compare_times, "scaling": scaling.compare_scaling}
+    modes = {"cost": cost.compare_costs, "time": forward_timing.compare_times, "scaling": scaling.compare_scaling}
     compare = modes[options.pop("mode")]
     output, figure = options.pop("output"), options.pop("figure", None)
     try:

@@ -27,8 +27,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="Images of a process in memory (%(default)s).")
     parser.add_argument("--num_workers", type=int, default=2, help="Loading processes per process (%(default)s).")
     parser.add_argument("--max_samples", type=int, help="Evaluate the first images only.")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="What `accelerate launch` was told.")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s).")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("auto", "no", "fp16", "bf16"),
+        default="auto",
+        help="auto: what is fast here (%(default)s).",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1, mps, ... (%(default)s).")
     parser.add_argument(
         "--max_detections",
         type=int,

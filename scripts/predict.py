@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="Directory for predictions.json and annotated/.")
     parser.add_argument("--threshold", type=float, default=0.5, help="Lowest score of a detection (%(default)s).")
     parser.add_argument("--batch_size", type=int, default=4, help="Images of one size at a time (%(default)s).")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (%(default)s).")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1, mps, ... (%(default)s).")
     parser.add_argument("--no_draw", dest="draw", action="store_false", help="Write no pictures.")
     arguments = parser.parse_args()
     try:

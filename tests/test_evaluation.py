@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from deperceiver_hf.evaluation.evaluator.evaluator import align_labels, evaluate_detector
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
@@ -25,6 +24,7 @@ from conftest import tiny_config
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor
 from deperceiver_hf.data import DetectionDataset, load_detection_data
 from deperceiver_hf.evaluation.coco_metric import CocoDetectionMetric
+from deperceiver_hf.evaluation.evaluator import align_labels, evaluate_detector
 from deperceiver_hf.evaluation.job import prepare_evaluation
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"

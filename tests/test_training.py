@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from deperceiver_hf.evaluation.evaluator.evaluator import EvaluationResult
 from torch.optim.lr_scheduler import StepLR
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from deperceiver_hf.evaluation.evaluator import EvaluationResult
 from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
 from deperceiver_hf.training.optimization import create_scheduler, learning_rates
 from training_runs import TINY_DETR, read_log, tiny_options

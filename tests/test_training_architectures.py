@@ -6,11 +6,11 @@ import timm
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from deperceiver_hf.evaluation.evaluator.evaluator import evaluate_detector
 from safetensors.torch import save_file
 
 import deperceiver_hf
 from deperceiver_hf.data import load_detection_data
+from deperceiver_hf.evaluation.evaluator import evaluate_detector
 from deperceiver_hf.saved_models import load_detector
 from deperceiver_hf.training import ARCHITECTURES, DetectionTrainer, build_image_processor, build_model
 from deperceiver_hf.training.architectures import deformable_detr

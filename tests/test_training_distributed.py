@@ -12,11 +12,11 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from deperceiver_hf.evaluation.evaluator.evaluator import evaluate_detector
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from deperceiver_hf.data import load_detection_data
+from deperceiver_hf.evaluation.evaluator import evaluate_detector
 from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
 from deperceiver_hf.training.optimization import learning_rates
 from training_runs import TINY_DEPERCEIVER, read_log, tiny_options

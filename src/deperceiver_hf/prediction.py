@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Pipeline, pipeline
 
 from .data.images import decode_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
+from .machine import find_device
 from .output_files import atomic_path, require_writable_directory, write_json
 from .saved_models import load_detector, require_model_source
 
@@ -171,7 +171,7 @@ def prepare_prediction(
         output_dir: directory for `predictions.json` and the pictures in `annotated/`, made if need be.
         threshold: lowest score of a detection, in [0, 1].
         batch_size: images that go through the model at a time, if that many are of one size.
-        device: `"auto"`, or any device of torch.
+        device: see `find_device`.
         draw: write annotated pictures.
 
     Raises:
@@ -188,12 +188,7 @@ def prepare_prediction(
         require_supervision()
     files = find_images(inputs, leave_out=Path(output_dir) / PICTURE_DIRECTORY)
     directory = require_writable_directory(output_dir)
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    chosen = best if device == "auto" else device
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    chosen = find_device(device)
     detector, image_processor = load_detector(model)
     runner = pipeline("object-detection", model=detector, image_processor=image_processor, device=chosen)
     return PredictionJob(str(model), runner, files, directory, threshold, batch_size, draw)

@@ -2,10 +2,7 @@
 """Reports of measurements: one row per model, as JSON or as a Markdown table; what draws their pictures."""
 
 import os
-import platform
-import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,14 +21,6 @@ def require_matplotlib() -> None:
     """Raise `ImportError` if there is no matplotlib to draw a picture with."""
     if find_spec("matplotlib") is None:
         raise ImportError("the picture needs matplotlib; try `pip install deperceiver-hf[comparison]`.")
-
-
-def cpu_name() -> str:
-    """What the processor calls itself, or its kind where it does not say."""
-    with suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE):
-            return found[1]
-    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..machine import device_name, find_device
 from ..output_files import atomic_path, require_writable_file
 from .cost import check_at_least_one, check_image_size, count_cost, count_peak_memory
 from .report import BenchmarkReport, require_matplotlib
-from .timing import device_name, find_device, time_models
+from .timing import time_models
 from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, make_variant, with_backbone
 
 SCALED_BY_DEFAULT = (
@@ -50,7 +51,7 @@ def compare_scaling(
             are counted only.
         backbone: Name of a timm model for all; if not given, see [`~deperceiver_hf.benchmarks.variants.make_variant`].
         num_latents: Length of the latent array of the first DePerceiver.
-        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
+        device: See `find_device`.
         warmup: Passes of each model that do not count.
         repeats: Passes of each model that count.
         progress: Show a progress bar.

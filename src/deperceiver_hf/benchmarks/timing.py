@@ -12,8 +12,9 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..machine import device_name, find_device
 from .cost import check_at_least_one, check_image_size
-from .report import BenchmarkReport, cpu_name
+from .report import BenchmarkReport
 from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, make_variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +61,7 @@ def compare_times(
         batch_size: Number of images.
         backbone: Name of a timm model for all; if not given, see [`make_variant`].
         num_latents: Length of the latent array of the first DePerceiver.
-        device: `"cpu"`, `"cuda"` or `"cuda:N"`.
+        device: See `find_device`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         attn_implementation: `"eager"`, `"sdpa"`, or another of transformers'.
         compile: Compile the models with `torch.compile`.
@@ -201,23 +202,3 @@ def _quartiles(values: list[float]) -> tuple[float, float] | None:
         return (values[0], values[0]) if values else None
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
-
-
-def find_device(name: str) -> torch.device:
-    """The device of this name; raises `ValueError` if there is none."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, not {name!r}.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices.")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """What a device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({cpu_name()})"

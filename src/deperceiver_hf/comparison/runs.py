@@ -19,9 +19,7 @@ import datetime
 import fcntl
 import gc
 import json
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,8 @@ from accelerate.logging import get_logger
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..benchmarks.report import cpu_name, require_matplotlib
+from ..benchmarks.report import require_matplotlib
+from ..machine import describe_machine
 from ..output_files import require_writable_directory, write_json
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
 from ..training.checkpoints import find_states, remove
@@ -208,17 +207,6 @@ def count_model(options: TrainingOptions, label_names: list[str], edge: int) -> 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixel_values=torch.zeros(1, 3, edge, edge))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
-
-
-def describe_machine() -> dict[str, Any]:
-    """What runs are timed on, and by which software."""
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("deperceiver-hf", "torch", "transformers", "timm")},
-    }
 
 
 def _describe(directory: Path, model: ModelSpec, options: TrainingOptions, command: str, **facts: Any) -> None:

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..data import DetectionData, DetectionDataset, same_size_batches
 from ..data.records import is_main_process
+from ..machine import choose_precision, make_accelerator
 from .coco_metric import (
     COCO_AREA_BOUNDARIES,
     COCO_MAX_DETECTIONS,
@@ -36,8 +37,6 @@ from .coco_metric import (
 )
 
 logger = logging.get_logger(__name__)
-
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ def evaluate_detector(
         accelerator: by default that of `make_accelerator`.
         batch_size: images of one process that are in memory at a time; on a CPU, also computed at a time.
         num_workers: processes that load and resize images, for each process.
-        mixed_precision: `"no"`, `"fp16"` or `"bf16"`; by default what the accelerator is set to.
+        mixed_precision: `"auto"`, `"no"`, `"fp16"` or `"bf16"`, see `choose_precision`; by default what the
+            accelerator is set to.
         max_detections, area_boundaries: see `CocoDetectionMetric`. Areas are those of the data, not of the images that
             the image processor makes of them.
         batched_forward: send all images of a batch that have the same size through the model together. Faster with a
@@ -196,40 +196,16 @@ def align_labels(id2label: Mapping[int, str], label_names: Sequence[str]) -> np.
     return table
 
 
-def make_accelerator(device: str = "auto") -> Accelerator:
-    """The accelerator for `"cpu"`, `"cuda"`, `"cuda:1"`, ..., or for the best device there is (`"auto"`).
-
-    Unlike `Accelerator()`, it makes a group of the processes that `torchrun` starts on a machine without a GPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if device == "auto":
-        return Accelerator(cpu=not torch.accelerator.is_available())
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}.")
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count()
-        if (chosen.index or 0) >= count:
-            raise ValueError(f"device {device!r} was asked for, but torch finds {count} CUDA devices.")
-        if chosen.index is not None:
-            torch.cuda.set_device(chosen)
-    return Accelerator(cpu=chosen.type == "cpu")
-
-
 def autocast_context(accelerator: Accelerator, mixed_precision: str | None) -> Callable:
-    """What makes the context to run the model in; a `ValueError` for an unknown precision."""
+    """What makes the context to run the model in; a `ValueError` for a precision that is unknown or impossible."""
     if mixed_precision is None:
         return accelerator.autocast
-    if mixed_precision == "no":
+    precision = choose_precision(mixed_precision, accelerator.device)
+    if precision.warning:
+        _warn_once(precision.warning)
+    if precision.name == "no":
         return contextlib.nullcontext
-    if mixed_precision not in PRECISIONS:
-        raise ValueError(f"mixed_precision must be no, {', '.join(PRECISIONS)} or None, got {mixed_precision!r}.")
-    return lambda: torch.autocast(accelerator.device.type, dtype=PRECISIONS[mixed_precision])
+    return lambda: torch.autocast(accelerator.device.type, dtype=precision.dtype)
 
 
 class _Image(NamedTuple):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation of a saved model as a command does it: check everything, run, write the result files."""
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +9,16 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from transformers.utils import logging
 
 from ..data import DetectionData, load_detection_data
+from ..machine import choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
 from ..saved_models import load_detector, require_model_source
 from .coco_metric import COCO_MAX_DETECTIONS, COCO_SIZE_BOUNDARIES, areas_of_sizes, check_max_detections
-from .evaluator import EvaluationResult, align_labels, autocast_context, evaluate_detector, make_accelerator
+from .evaluator import EvaluationResult, align_labels, evaluate_detector
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class EvaluationJob:
                     "device": str(self.accelerator.device.type),
                     "image_size": dict(getattr(self.image_processor, "size", None) or {}),
                 },
-                "versions": _versions(),
+                "versions": versions(),
                 "seconds": round(result.seconds, 2),
                 "date": time.strftime("%Y-%m-%d"),
             }
@@ -68,7 +70,7 @@ def prepare_evaluation(
     predictions: str | None = None,
     max_samples: int | None = None,
     device: str = "auto",
-    mixed_precision: str | None = None,
+    mixed_precision: str = "auto",
     size_boundaries: Sequence[float] = COCO_SIZE_BOUNDARIES,
     **options,
 ) -> EvaluationJob:
@@ -81,8 +83,8 @@ def prepare_evaluation(
         split: split of the data set.
         predictions: JSON file for the detections in COCO's result format; by default `<output>_predictions.json`.
         max_samples: evaluate the first images only.
-        device: `"auto"` (the accelerator's choice), `"cpu"`, `"cuda"` or `"cuda:1"`.
-        mixed_precision: see `evaluate_detector`, as are the options.
+        device: see `find_device`.
+        mixed_precision: see `choose_precision`; the options are those of `evaluate_detector`.
         size_boundaries: sides of squares, in pixels of the data, whose areas part small, medium and large objects.
 
     Raises:
@@ -102,7 +104,9 @@ def prepare_evaluation(
     check_max_detections(options.get("max_detections", COCO_MAX_DETECTIONS))
     area_boundaries = areas_of_sizes(size_boundaries)
     accelerator = make_accelerator(device)
-    autocast_context(accelerator, mixed_precision)
+    precision = choose_precision(mixed_precision, accelerator.device)
+    if accelerator.is_main_process:
+        logger.warning(f"Precision {precision.name}: {precision.reason}.")
     detector, image_processor = load_detector(model)
     data = load_detection_data(dataset, split, max_samples=max_samples)
     align_labels(detector.config.id2label, data.label_names)
@@ -114,10 +118,5 @@ def prepare_evaluation(
         output=output_file,
         predictions=predictions_file,
         description={"model": str(model), "dataset": dataset, "split": split},
-        options={"mixed_precision": mixed_precision, "area_boundaries": area_boundaries, **options},
+        options={"mixed_precision": precision.name, "area_boundaries": area_boundaries, **options},
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("deperceiver-hf", "torch", "torchvision", "transformers", "timm", "pycocotools")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
