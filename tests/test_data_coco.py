@@ -11,7 +11,7 @@ from datasets import Image
 
 from coco_samples import CATEGORIES, SIZES, annotation, coco_content, write_coco
 from deperceiver_hf.data import DETECTION_FEATURES, load_detection_data, require_same_labels
-from deperceiver_hf.data.records import rotate_boxes
+from deperceiver_hf.data.annotations import rotate_boxes
 
 
 def rows_by_id(data) -> dict:

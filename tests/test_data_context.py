@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from deperceiver_hf.data import SyntheticScenes, context, load_detection_data
-from deperceiver_hf.data.context import CONTEXT_LABELS, DEPENDENT_SHAPES
-from deperceiver_hf.data.shapes import SHAPES, any_overlap
+from deperceiver_hf.data import SyntheticScenes, load_detection_data
+from deperceiver_hf.data.synthetic import context
+from deperceiver_hf.data.synthetic.context import CONTEXT_LABELS, DEPENDENT_SHAPES
+from deperceiver_hf.data.synthetic.shapes import SHAPES, any_overlap
 
 NAMES = ["disc (star)", "disc (cross)", "square (star)", "square (cross)", "triangle", "ring", "semicircle", "bar"]
 
@@ -113,7 +114,7 @@ def test_the_beacon_is_painted_but_not_annotated(monkeypatch):
     scenes = SyntheticScenes(image_size=128, context=1)
     pictures = [np.asarray(row["image"]).astype(int) for row in data.dataset]
     assert data.report.num_objects == sum(len(scenes.layout(0, index)) for index in range(20))
-    monkeypatch.setattr("deperceiver_hf.data.synthetic.paint_shape", lambda canvas, shape, colour: None)
+    monkeypatch.setattr("deperceiver_hf.data.synthetic.scenes.paint_shape", lambda canvas, shape, colour: None)
     for index, picture in enumerate(pictures):
         beacon = scenes.beacon(0, index).shape
         x, y = centre(beacon.box).astype(int)

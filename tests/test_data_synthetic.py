@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from deperceiver_hf.data import DETECTION_FEATURES, DetectionDataset, SyntheticScenes, load_detection_data
-from deperceiver_hf.data.shapes import SHAPES, paint_shape
+from deperceiver_hf.data.synthetic.shapes import SHAPES, paint_shape
 
 
 def load(split="train", **options):

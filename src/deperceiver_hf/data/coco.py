@@ -18,17 +18,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from .annotations import AnnotationList, as_integer, image_path_column, record_columns
 from .images import read_headers, seen_sizes
-from .records import (
-    DETECTION_FEATURES,
-    AnnotationList,
-    DetectionData,
-    LoadingReport,
-    as_integer,
-    image_path_column,
-    record_columns,
-    split_aliases,
-)
+from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 
 ROBOFLOW_FILE = "_annotations.coco.json"
 

@@ -15,16 +15,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
 
+from .annotations import AnnotationList, as_integer, record_columns
 from .images import ImageHeader, read_header, seen_sizes
-from .records import (
-    DETECTION_FEATURES,
-    AnnotationList,
-    DetectionData,
-    LoadingReport,
-    as_integer,
-    record_columns,
-    split_aliases,
-)
+from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
 CATEGORY_KEYS = ("category", "categories", "category_id", "category_ids", "label", "labels", "class", "class_id")

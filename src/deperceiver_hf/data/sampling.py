@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from transformers.image_utils import SizeDict
 
 from ..models.detection_processing_deperceiver import resized_size
-from .loading import DetectionDataset
+from .dataset import DetectionDataset
 
 ASPECT_RATIO_EDGES = (0.5, 1 / 1.4, 1.0, 1.4, 2.0)
 

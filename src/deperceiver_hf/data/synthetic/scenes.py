@@ -14,6 +14,8 @@ import PIL.Image
 import PIL.ImageDraw
 from datasets import Dataset
 
+from ..annotations import AnnotationList, as_integer, image_path_column, record_columns
+from ..records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 from .context import (
     CONTEXT_LABELS,
     MIN_CONTEXT_IMAGE_SIZE,
@@ -22,16 +24,6 @@ from .context import (
     is_allowed,
     random_beacon,
     random_context_shape,
-)
-from .records import (
-    DETECTION_FEATURES,
-    AnnotationList,
-    DetectionData,
-    LoadingReport,
-    as_integer,
-    image_path_column,
-    record_columns,
-    split_aliases,
 )
 from .shapes import SHAPES, Shape, any_overlap, paint_shape, random_shape
 

@@ -96,7 +96,7 @@ def test_cached_images_change_no_bit_and_are_read_once(data, tmp_path, monkeypat
         reads.append(image_id)
         return decode_rgb(image, image_id)
 
-    monkeypatch.setattr("deperceiver_hf.data.loading.decode_rgb", recording)
+    monkeypatch.setattr("deperceiver_hf.data.dataset.decode_rgb", recording)
     monkeypatch.setattr(SyntheticScenes, "paint", painted_once(SyntheticScenes.paint))
     for (epoch, index), item in expected.items():
         cached.set_epoch(epoch)
