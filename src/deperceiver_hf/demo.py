@@ -17,6 +17,7 @@ from .evaluation.evaluator import evaluate_detector
 from .output_files import write_json
 from .saved_models import load_detector
 from .training import DetectionTrainer, TrainingOptions
+from .training.run_directory import RunDirectory
 
 SCENES = "synthetic:image_size=128"
 NUM_TRAINING_SCENES, NUM_VALIDATION_SCENES = 4000, 300
@@ -71,16 +72,15 @@ def run_demo(output_dir: str | Path, max_minutes: float = 4.0) -> DemoResult:
     """
     require_supervision()
     output_dir = Path(output_dir)
-    training_dir = output_dir / "training"
-    summary = training_dir / "summary.json"
-    trained_now = not summary.is_file()
+    training = RunDirectory(output_dir / "training")
+    trained_now = not training.is_finished
     if trained_now:
-        result = DetectionTrainer(demo_options(training_dir, max_minutes)).train()
+        result = DetectionTrainer(demo_options(training.path, max_minutes)).train()
         if result.interrupted:
             raise KeyboardInterrupt
-    seconds = json.loads(summary.read_text(encoding="utf-8"))["seconds"]
+    seconds = json.loads(training.summary.read_text(encoding="utf-8"))["seconds"]
 
-    model_dir = training_dir / "last"
+    model_dir = training.last
     model, processor = load_detector(str(model_dir))
     scenes = load_detection_data(SCENES, "val", max_samples=NUM_VALIDATION_SCENES)
     # In float32 whatever the training left behind in the process, so that a second run says the same.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..training.run_directory import RunDirectory
+
 RUN_FILE = "run.json"
 FAILURE_FILE = "failure.json"
-SUMMARY_FILE = "summary.json"
-LOG_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,6 @@ class RunResult:
         return -self.metrics["ap"], self.final_loss
 
 
-def is_finished(directory: Path) -> bool:
-    return (directory / SUMMARY_FILE).is_file()
-
-
 def read_run(directory: Path) -> RunResult:
     """The result of a run that is finished or has failed."""
     facts = _read_json(directory / RUN_FILE)
@@ -73,10 +69,11 @@ def read_run(directory: Path) -> RunResult:
         "lr": settings["lr"],
         "facts": facts,
     }
-    if not is_finished(directory):
+    training = RunDirectory(directory)
+    if not training.is_finished:
         return RunResult(**identity, failure=_read_json(directory / FAILURE_FILE)["error"])
-    summary = _read_json(directory / SUMMARY_FILE)
-    lines = [json.loads(line) for line in (directory / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    summary = _read_json(training.summary)
+    lines = [json.loads(line) for line in training.log.read_text(encoding="utf-8").splitlines()]
     return RunResult(
         **identity,
         step=summary["step"],
@@ -95,7 +92,7 @@ def read_run(directory: Path) -> RunResult:
 def read_runs(output_dir: Path) -> list[RunResult]:
     """Results of all runs of a comparison that are finished or have failed, trials of learning rates included."""
     directories = sorted(path.parent for path in output_dir.glob(f"runs/*/*/*/{RUN_FILE}"))
-    return [read_run(path) for path in directories if is_finished(path) or (path / FAILURE_FILE).exists()]
+    return [read_run(path) for path in directories if RunDirectory(path).is_finished or (path / FAILURE_FILE).exists()]
 
 
 def _count_images(step: int, batches_per_epoch: int, settings: dict[str, Any]) -> int:

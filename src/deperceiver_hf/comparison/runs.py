@@ -33,11 +33,11 @@ from ..benchmarks.report import require_matplotlib
 from ..machine import describe_machine
 from ..output_files import require_writable_directory, write_json
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
-from ..training.checkpoints import find_states, remove
+from ..training.run_directory import RunDirectory
 from .arguments import TRAINING_FIELDS, ComparisonOptions, ModelSpec
 from .plot import draw_curves
 from .report import ComparisonReport, make_report
-from .results import FAILURE_FILE, RUN_FILE, is_finished, read_run
+from .results import FAILURE_FILE, RUN_FILE, read_run
 
 logger = get_logger(__name__)
 
@@ -141,11 +141,11 @@ def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is
         failure_is_a_result: Do not repeat a run whose loss was not finite.
     """
     directory = Path(options.output_dir)
-    failure = directory / FAILURE_FILE
+    training, failure = RunDirectory(directory), directory / FAILURE_FILE
     with _locked(directory):
-        if is_finished(directory):
+        if training.is_finished:
             _require_same_run(directory, options)
-            _remove_states(directory)
+            training.remove_states()
             return
         if _has_failed(directory):
             old = json.loads(failure.read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is
             failure.unlink()
             (directory / RUN_FILE).unlink()
         _require_same_run(directory, options)
-        resumed = "auto" if find_states(directory) else None
+        resumed = "auto" if training.states() else None
         options = dataclasses.replace(options, resume=resumed, overwrite_output_dir=resumed is None)
         logger.info(f"{directory}: {'resumed' if resumed else 'started'}")
         try:
@@ -164,7 +164,7 @@ def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is
             _describe(directory, model, options, command)
             diverged = isinstance(error, NonFiniteLossError)
             write_json(failure, {"error": str(error), "diverged": diverged, "settings": _settings(options)})
-            _remove_states(directory)
+            training.remove_states()
             return
         finally:
             gc.collect()
@@ -172,7 +172,7 @@ def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is
                 torch.cuda.empty_cache()
         if interrupted:
             raise KeyboardInterrupt
-        _remove_states(directory)
+        training.remove_states()
 
 
 def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
@@ -251,11 +251,6 @@ def _run_directory(options: ComparisonOptions, budget: str, model: ModelSpec, ru
 
 def _has_failed(directory: Path) -> bool:
     return (directory / FAILURE_FILE).exists()
-
-
-def _remove_states(directory: Path) -> None:
-    for state in find_states(directory):
-        remove(state)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training run leaves on disk, written so that a kill at any moment leaves the previous state whole.
-
-    output_dir/
-        state-00000400-0003/    newest training state (after 400 steps, 3 epochs), to go on from as if never stopped
-        epoch-003-step-400/     one of the best models: weights, configuration, image processor, metrics
-        best -> epoch-003-step-400
-        last/                   the model at the end of training
-        metrics.jsonl           one line for each log interval and each evaluation
-        summary.json            written at the end
-
-A directory is written under a temporary name and renamed when it is complete.
-"""
+"""Training states and best models: written, found again and restored. Their places are those of [`RunDirectory`]."""
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,12 +14,7 @@ from accelerate import Accelerator
 
 from ..output_files import write_json
 from .arguments import TrainingOptions
-
-STATE_FILE = "training_state.json"
-STATE_PATTERN = re.compile(r"state-(\d{8,})-(\d{4,})")
-MODEL_PATTERN = re.compile(r"epoch-(\d{3,})-step-(\d+)")
-TEMPORARY_SUFFIX = ".incomplete"
-OWN_FILES = ("metrics.jsonl", "summary.json")
+from .run_directory import METRICS_FILE, STATE_FILE, RunDirectory, is_state, temporary_path
 
 
 @dataclass
@@ -65,14 +48,14 @@ class TrainingProgress:
 
 
 def save_state(
-    accelerator: Accelerator, output_dir: Path, progress: TrainingProgress, fingerprint: dict[str, Any]
+    accelerator: Accelerator, run_directory: RunDirectory, progress: TrainingProgress, fingerprint: dict[str, Any]
 ) -> Path:
     """Write the training state of all processes, then remove older ones; every process must call this.
 
     Args:
         fingerprint: What must be the same when the run is resumed.
     """
-    target = output_dir / f"state-{progress.step:08d}-{progress.epoch:04d}"
+    target = run_directory.state(progress.step, progress.epoch)
     if target.exists():  # the run has not moved since
         return target
     with _written_by_all(accelerator, target) as temporary:
@@ -80,7 +63,7 @@ def save_state(
         if accelerator.is_main_process:
             write_json(temporary / STATE_FILE, {"progress": progress.to_dict(), "fingerprint": fingerprint})
     if accelerator.is_main_process:
-        for older in find_states(output_dir)[:-1]:
+        for older in run_directory.states()[:-1]:
             shutil.rmtree(older)
     return target
 
@@ -102,16 +85,7 @@ def load_state(accelerator: Accelerator, state: Path, fingerprint: dict[str, Any
     return TrainingProgress.from_dict(saved["progress"])
 
 
-def find_states(output_dir: Path) -> list[Path]:
-    """Complete training states in a directory, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    numbered = {path: STATE_PATTERN.fullmatch(path.name) for path in output_dir.iterdir()}
-    found = {path: match for path, match in numbered.items() if match and (path / STATE_FILE).is_file()}
-    return sorted(found, key=lambda path: [int(number) for number in found[path].groups()])
-
-
-def find_resumed_state(options: TrainingOptions, output_dir: Path) -> Path | None:
+def find_resumed_state(options: TrainingOptions, run_directory: RunDirectory) -> Path | None:
     """The state that a run goes on from, or `None` for a new run.
 
     Raises:
@@ -119,6 +93,7 @@ def find_resumed_state(options: TrainingOptions, output_dir: Path) -> Path | Non
         FileExistsError: A new run is to write to a directory that is not empty.
         NotADirectoryError: The output directory is a file.
     """
+    output_dir = run_directory.path
     if output_dir.exists() and not output_dir.is_dir():
         raise NotADirectoryError(f"--output_dir {output_dir} is a file.")
     if options.resume is None:
@@ -129,28 +104,20 @@ def find_resumed_state(options: TrainingOptions, output_dir: Path) -> Path | Non
             )
         return None
     directory = output_dir if options.resume == "auto" else Path(options.resume)
-    if (directory / STATE_FILE).is_file():
+    if is_state(directory):
         return directory
-    states = find_states(directory)
+    states = RunDirectory(directory).states()
     if not states and options.resume != "auto":
         raise FileNotFoundError(f"--resume {directory}: no complete training state (state-*/{STATE_FILE}) there.")
     return states[-1] if states else None
 
 
-def clear_output_dir(output_dir: Path, *, keep_run: bool) -> None:
-    """Make the directory and remove what a killed run left half-written, or all of an earlier run."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for entry in output_dir.iterdir():
-        if entry.name.endswith(TEMPORARY_SUFFIX) or (_is_ours(entry) and not keep_run):
-            remove(entry)
-
-
 class BestModels:
     """Keeps the `top_k` models of the highest AP; of equal ones the later, which has learned longer."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, top_k: int):
+    def __init__(self, accelerator: Accelerator, run_directory: RunDirectory, top_k: int):
         self.accelerator = accelerator
-        self.output_dir = output_dir
+        self.run_directory = run_directory
         self.top_k = top_k
 
     def offer(
@@ -160,54 +127,37 @@ class BestModels:
         ap = metrics["ap"]
         if self.top_k == 0 or (len(progress.best) >= self.top_k and ap < progress.best[-1].ap):
             return
-        saved = SavedModel(f"epoch-{epoch:03d}-step-{progress.step}", ap, epoch, progress.step)
-        save_model(
-            self.accelerator, self.output_dir / saved.path, save, {"epoch": epoch, "step": saved.step, **metrics}
-        )
+        target = self.run_directory.model(epoch, progress.step)
+        saved = SavedModel(target.name, ap, epoch, progress.step)
+        save_model(self.accelerator, target, save, {"epoch": epoch, "step": saved.step, **metrics})
         others = [model for model in progress.best if model.path != saved.path]
         progress.best = sorted([*others, saved], key=lambda model: (-model.ap, -model.step))[: self.top_k]
         if self.accelerator.is_main_process:
-            point_to(self.output_dir / "best", progress.best[0].path)
+            self.run_directory.point_best_to(progress.best[0].path)
 
     def remove_others(self, progress: TrainingProgress) -> None:
         """Delete the models that are no longer among the best, once a state has been saved that knows it."""
         kept = {model.path for model in progress.best}
         if self.accelerator.is_main_process:
-            for path in self.output_dir.iterdir():
-                if MODEL_PATTERN.fullmatch(path.name) and path.name not in kept:
+            for path in self.run_directory.models():
+                if path.name not in kept:
                     shutil.rmtree(path)
 
 
 def save_model(
     accelerator: Accelerator, target: Path, save: Callable[[Path], None], metrics: dict[str, float]
 ) -> None:
-    """Write a model directory by `save(directory)`, with `metrics.json` beside it; every process must call this."""
+    """Write a model directory by `save(directory)`, with its metrics beside it; every process must call this."""
     with _written_by_all(accelerator, target) as temporary:
         if accelerator.is_main_process:
             save(temporary)
-            write_json(temporary / "metrics.json", metrics)
-
-
-def point_to(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to its sibling `target`, replacing an earlier one in one move."""
-    temporary = link.with_name(link.name + TEMPORARY_SUFFIX)
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target, target_is_directory=True)
-    os.replace(temporary, link)
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link or a whole directory."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+            write_json(temporary / METRICS_FILE, metrics)
 
 
 @contextmanager
 def _written_by_all(accelerator: Accelerator, target: Path) -> Iterator[Path]:
     """A temporary directory for all processes that becomes `target` when all have written."""
-    temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
+    temporary = temporary_path(target)
     if accelerator.is_main_process:
         if temporary.exists():
             shutil.rmtree(temporary)
@@ -220,8 +170,3 @@ def _written_by_all(accelerator: Accelerator, target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         os.replace(temporary, target)
     accelerator.wait_for_everyone()
-
-
-def _is_ours(path: Path) -> bool:
-    patterns = (STATE_PATTERN, MODEL_PATTERN)
-    return path.name in ("best", "last", *OWN_FILES) or any(pattern.fullmatch(path.name) for pattern in patterns)

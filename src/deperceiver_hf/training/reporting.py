@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from ..output_files import atomic_path
 from .checkpoints import TrainingProgress
 
-METRICS_FILE = "metrics.jsonl"
 SHOWN = ("loss", "loss_ce", "loss_class", "loss_vfl", "loss_bbox", "loss_giou")  # by the progress bar
 
 
@@ -58,20 +57,20 @@ class TrainingResult:
 class TrainingLog:
     """Collects numbers on the device and fetches them once for each line of the log.
 
-    `metrics.jsonl` has two kinds of lines. `"kind": "train"`: `step` (optimizer steps done), `epoch` (a fraction),
+    The file has two kinds of lines. `"kind": "train"`: `step` (optimizer steps done), `epoch` (a fraction),
     `loss` and its terms, `grad_norm` (before clipping), learning rates, `images_per_second` and `seconds` of training;
     the losses and the norm are means since the line before, over all processes. `"kind": "eval"`: `step`, `epoch`,
     `seconds` of training and the COCO metrics.
 
     Args:
         accelerator: With trackers, if there are any.
-        output_dir: Where the file is.
+        path: Of the file.
         resumed_from: What a resumed run starts from; later lines of the file are taken back.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, resumed_from: TrainingProgress | None = None):
+    def __init__(self, accelerator: Accelerator, path: Path, resumed_from: TrainingProgress | None = None):
         self.accelerator = accelerator
-        self.path = output_dir / METRICS_FILE
+        self.path = path
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
         self._images = 0

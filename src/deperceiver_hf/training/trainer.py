@@ -37,7 +37,6 @@ from .building import build_image_processor, build_model
 from .checkpoints import (
     BestModels,
     TrainingProgress,
-    clear_output_dir,
     find_resumed_state,
     load_state,
     save_model,
@@ -46,6 +45,7 @@ from .checkpoints import (
 from .interruption import StopRequest
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .reporting import TrainingLog, TrainingResult
+from .run_directory import RunDirectory
 
 logger = get_logger(__name__)
 
@@ -79,9 +79,9 @@ class DetectionTrainer:
 
     def __init__(self, options: TrainingOptions):
         self.options = options
-        self.output_dir = Path(options.output_dir)
+        self.run_directory = RunDirectory(options.output_dir)
         self.accelerator = create_accelerator(options)
-        state = self._main_process_first(lambda: find_resumed_state(options, self.output_dir))
+        state = self._main_process_first(lambda: find_resumed_state(options, self.run_directory))
 
         self.train_data = self._load_data(options.train_split, options.max_train_samples)
         self.eval_data: DetectionData | None = None
@@ -129,9 +129,9 @@ class DetectionTrainer:
             self.progress = load_state(self.accelerator, state, self.fingerprint())
             logger.info(f"Resumed from {state} after {self.progress.step} steps.")
         if self.accelerator.is_main_process:
-            clear_output_dir(self.output_dir, keep_run=options.resume is not None)
-        self.log = TrainingLog(self.accelerator, self.output_dir, self.progress if state is not None else None)
-        self.best_models = BestModels(self.accelerator, self.output_dir, options.save_top_k)
+            self.run_directory.clear(keep_run=options.resume is not None)
+        self.log = TrainingLog(self.accelerator, self.run_directory.log, self.progress if state is not None else None)
+        self.best_models = BestModels(self.accelerator, self.run_directory, options.save_top_k)
         self.stop_request = StopRequest()
         self._grad_norm: torch.Tensor | None = None  # of the last step, before clipping
         self._clock = time.perf_counter()
@@ -154,7 +154,7 @@ class DetectionTrainer:
                     self._save_state()
                 else:
                     self._close_stretch()
-        last = self.output_dir / "last"
+        last = self.run_directory.last
         if not interrupted:
             save_model(self.accelerator, last, self._save_model, self.progress.last_metrics)
         result = self._result(interrupted, None if interrupted else str(last))
@@ -163,7 +163,7 @@ class DetectionTrainer:
                 "best_models": [dataclasses.asdict(model) for model in self.progress.best],
                 "options": dataclasses.asdict(self.options),
             }
-            write_json(self.output_dir / "summary.json", summary)
+            write_json(self.run_directory.summary, summary)
         for tracker in self.accelerator.trackers:  # the processes stay together: the caller may go on
             tracker.finish()
         self.accelerator.trackers = []
@@ -347,7 +347,7 @@ class DetectionTrainer:
             raise NonFiniteLossError(
                 f"the gradient is not finite at step {self.progress.step}; the state before it has been kept."
             )
-        self.state = save_state(self.accelerator, self.output_dir, self.progress, self.fingerprint())
+        self.state = save_state(self.accelerator, self.run_directory, self.progress, self.fingerprint())
 
     def _save_model(self, directory: Path) -> None:
         self.accelerator.unwrap_model(self.model).save_pretrained(directory)
@@ -384,7 +384,7 @@ class DetectionTrainer:
             step=self.progress.step,
             epoch=self.progress.epoch,
             best_ap=best.ap if best else None,
-            best_model=str(self.output_dir / best.path) if best else None,
+            best_model=str(self.run_directory.path / best.path) if best else None,
             last_model=last_model,
             metrics=self.progress.last_metrics,
             seconds=round(self.progress.seconds, 3),
