@@ -1,31 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train several models on equal terms and report what they have learned; `--help` explains.
+"""The command `deperceiver compare` as a file, for launchers that start files."""
 
-Ends with code 2 if the comparison cannot be carried out, 1 if runs failed, 130 if it was interrupted; repeating the
-command then goes on.
-"""
-
-import logging
+import os
 import sys
 
-from deperceiver_hf.comparison import parse_arguments, run_comparison
-
-
-def main() -> int:
-    options = parse_arguments()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("deperceiver_hf").setLevel(logging.INFO)
-    try:
-        report = run_comparison(options)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted. The same command goes on.", file=sys.stderr)
-        return 130
-    print(report.markdown())
-    return 1 if report.failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # Python looks for modules beside this file first, where evaluate.py would be taken for the library of that name.
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
+    from deperceiver_hf.cli import main
+
+    sys.exit(main(["compare", *sys.argv[1:]]))

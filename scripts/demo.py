@@ -1,33 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train on synthetic scenes for a few minutes, evaluate, reload through the pipeline and draw a contact sheet.
+"""The command `deperceiver demo` as a file, for launchers that start files."""
 
-A second run in the same directory keeps the model that the first one trained.
-"""
-
-import argparse
-import logging
+import os
 import sys
 
-from deperceiver_hf.demo import run_demo
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--output_dir", default="outputs/demo", help="Where everything is written (%(default)s).")
-    parser.add_argument("--max_minutes", type=float, default=4.0, help="Limit of the training (%(default)s).")
-    arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("deperceiver_hf").setLevel(logging.INFO)
-    try:
-        print(run_demo(arguments.output_dir, arguments.max_minutes).summary())
-    except (OSError, ValueError, ImportError) as error:
-        print(f"demo.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; another run goes on from here.", file=sys.stderr)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # Python looks for modules beside this file first, where evaluate.py would be taken for the library of that name.
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
+    from deperceiver_hf.cli import main
+
+    sys.exit(main(["demo", *sys.argv[1:]]))

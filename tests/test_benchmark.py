@@ -367,5 +367,5 @@ def test_script_writes_what_it_prints(monkeypatch, capsys, tmp_path):
 def test_script_refuses_in_one_line(monkeypatch, capsys, arguments):
     assert run_script(monkeypatch, *arguments) == 2
     errors = capsys.readouterr().err
-    assert errors.startswith("benchmark.py: error: ")
+    assert errors.startswith("deperceiver benchmark: error: ")
     assert errors.count("\n") == 1

@@ -208,5 +208,5 @@ def test_script_refuses_without_traceback(monkeypatch, capsys, tmp_path, argumen
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "scripts" / "make_model_cards.py"), run_name="__main__")
     assert ended.value.code == code
-    assert "make_model_cards.py: error: " in capsys.readouterr().err
+    assert "deperceiver cards: error: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

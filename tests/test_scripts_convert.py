@@ -90,7 +90,7 @@ def test_refusals_say_why_and_write_nothing(checkpoint, tmp_path, monkeypatch, c
         torch.save(content, source)
     assert run(monkeypatch, source, output_dir, *arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("convert_original_checkpoint.py: error: ")
+    assert error.startswith("deperceiver convert: error: ")
     assert message in error
     assert not output_dir.exists()
 

@@ -4,9 +4,11 @@
 The model is the smallest preset of DePerceiver v2, from random weights.
 """
 
+import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -14,6 +16,7 @@ from .data import DetectionData, load_detection_data
 from .data.images import decode_rgb
 from .drawing import contact_sheet_rows, draw_contact_sheet, require_supervision
 from .evaluation.evaluator import evaluate_detector
+from .jobs import FunctionJob
 from .output_files import write_json
 from .saved_models import load_detector
 from .training import DetectionTrainer, TrainingOptions
@@ -23,6 +26,7 @@ SCENES = "synthetic:image_size=128"
 NUM_TRAINING_SCENES, NUM_VALIDATION_SCENES = 4000, 300
 PRESET = "nano"
 THRESHOLD = 0.5
+INTERRUPTED = "Interrupted; another run goes on from here."
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class DemoResult:
     model: Path
     contact_sheet: Path
     metrics_file: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
 
     def summary(self) -> str:
         """A few lines for the user."""
@@ -92,6 +100,22 @@ def run_demo(output_dir: str | Path, max_minutes: float = 4.0) -> DemoResult:
     contact_sheet = output_dir / "contact_sheet.png"
     draw_contact_sheet(rows, shown.label_names, cell_width=320).save(contact_sheet)
     return DemoResult(trained_now, seconds / 60, metrics, model_dir, contact_sheet, metrics_file)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Make a parser that of the command."""
+    parser.description = (
+        "Train on synthetic scenes for a few minutes, evaluate, reload through the pipeline and draw a contact sheet."
+        "\n\nA second run in the same directory keeps the model that the first one trained."
+    )
+    parser.epilog = "example:\n  deperceiver demo --output_dir outputs/demo"
+    parser.add_argument("--output_dir", default="outputs/demo", help="Where everything is written (%(default)s).")
+    parser.add_argument("--max_minutes", type=float, default=4.0, help="Limit of the training (%(default)s).")
+
+
+def prepare(arguments: argparse.Namespace) -> FunctionJob[DemoResult]:
+    """The demonstration, as the command does it."""
+    return FunctionJob(run_demo, vars(arguments))
 
 
 def demo_options(output_dir: Path, max_minutes: float) -> TrainingOptions:

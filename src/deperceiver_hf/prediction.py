@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection on image files: JSON and annotated pictures, by way of transformers' `object-detection` pipeline."""
 
+import argparse
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from transformers import Pipeline, pipeline
 
 from .data.images import decode_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
+from .errors import FAILURE_CODE, INTERRUPTED_CODE
 from .machine import find_device
 from .output_files import atomic_path, require_writable_directory, write_json
 from .saved_models import load_detector, require_model_source
@@ -40,6 +42,7 @@ class PredictionReport:
             `{"score", "label", "box": {"xmin", "ymin", "xmax", "ymax"}}` in pixels of the image as a viewer shows it
             (turned as its EXIF data say); `annotated` is the picture's path relative to the JSON file, or `None`.
         errors: for each file that failed `{"file", "error"}`.
+        json_path: the JSON file; not in it.
     """
 
     model: str
@@ -47,13 +50,27 @@ class PredictionReport:
     complete: bool = False
     images: list[dict[str, Any]] = field(default_factory=list)
     errors: list[dict[str, str]] = field(default_factory=list)
+    json_path: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command."""
+        if not self.complete:
+            return INTERRUPTED_CODE
+        return FAILURE_CODE if self.errors else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the JSON file."""
+        return {name: value for name, value in vars(self).items() if name != "json_path"}
 
     def summary(self) -> str:
         """The counts, and the files that failed, one a line."""
         count = sum(len(image["detections"]) for image in self.images)
         lines = [f"{count} detections on {len(self.images)} images, {len(self.errors)} files failed."]
         lines += [f"failed: {error['file']}: {error['error']}" for error in self.errors]
-        return "\n".join(lines if self.complete else [*lines, "Interrupted: the other files were not looked at."])
+        if not self.complete:
+            lines.append("Interrupted: the other files were not looked at.")
+        return "\n".join([*lines, f"Results: {self.json_path}"] if self.json_path else lines)
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class PredictionJob:
         done by then is in the JSON file. Files of an earlier run are overwritten where the names are the same;
         nothing else is touched.
         """
-        report = PredictionReport(self.model, self.threshold)
+        report = PredictionReport(self.model, self.threshold, json_path=self.json_path)
         names = dict(zip(self.files, picture_names(self.files), strict=True))
         try:
             with tqdm(total=len(self.files), desc="Detecting", disable=not progress) as bar:
@@ -103,7 +120,7 @@ class PredictionJob:
             position = {str(path): index for index, path in enumerate(self.files)}
             for entries in (report.images, report.errors):
                 entries.sort(key=lambda entry: position[entry["file"]])
-            write_json(self.json_path, vars(report))
+            write_json(self.json_path, report.to_dict())
         return report
 
     def _batches(self, report: PredictionReport, bar: tqdm) -> Iterator[list[tuple[Path, Image.Image]]]:
@@ -151,6 +168,32 @@ class PredictionJob:
         with atomic_path(target) as temporary:
             picture.save(temporary, quality=92)
         return f"{PICTURE_DIRECTORY}/{name}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Make a parser that of the command."""
+    parser.description = (
+        "Detect objects on images: one JSON file for all, and a picture with the detections for each.\n\n"
+        "Exit codes: 0, all files were looked at; 1, some could not be (they are listed, and in the JSON under\n"
+        "`errors`); 2, nothing was done because of the arguments; 130, interrupted (the JSON holds what was done)."
+    )
+    parser.epilog = (
+        "example:\n  deperceiver predict --model outputs/mine/best --output_dir outputs/found photos/ x/*.jpg"
+    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="Image, directory (recursive) or glob pattern.")
+    parser.add_argument(
+        "--model", required=True, help="Directory of a saved model with its image processor, or Hub id."
+    )
+    parser.add_argument("--output_dir", required=True, help="Directory for predictions.json and annotated/.")
+    parser.add_argument("--threshold", type=float, default=0.5, help="Lowest score of a detection (%(default)s).")
+    parser.add_argument("--batch_size", type=int, default=4, help="Images of one size at a time (%(default)s).")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1, mps, ... (%(default)s).")
+    parser.add_argument("--no_draw", dest="draw", action="store_false", help="Write no pictures.")
+
+
+def prepare(arguments: argparse.Namespace) -> PredictionJob:
+    """[`prepare_prediction`] with the command's arguments."""
+    return prepare_prediction(**vars(arguments))
 
 
 def prepare_prediction(

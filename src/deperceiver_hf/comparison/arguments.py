@@ -214,15 +214,51 @@ def parse_training_options(arguments: Sequence[str]) -> dict[str, Any]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> ComparisonOptions:
     """Options from a command line (`sys.argv` by default); ends the program with code 2 if they make no sense."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        description="Train several models on equal terms: the same data, image size, augmentation, batches, seeds, "
-        "and the same time (--minutes) or steps (--steps). Repeat an interrupted command to go on.",
-        usage="%(prog)s --output_dir DIR --models SPEC [SPEC ...] (--minutes M | --steps N) [options]",
-        epilog="All other options are those of train.py, given once for all models. Unless --lr_scheduler is given, "
-        "it is wsd; unless --lr_backbone is given, it is a tenth of the learning rate, and equal to it with "
-        "--no_pretrained_backbone.",
-        allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="deperceiver compare", allow_abbrev=False)
+    add_arguments(parser)
+    namespace, others = parser.parse_known_args(arguments)
+    try:
+        return make_options(
+            **vars(namespace), others=others, command_line=shlex.join([*parser.prog.split(), *arguments])
+        )
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def make_options(models: Sequence[str], others: Sequence[str], command_line: str, **options: Any) -> ComparisonOptions:
+    """A comparison from the arguments of its command.
+
+    Args:
+        models: As `ModelSpec.parse` reads them.
+        others: Options of a training command, which all models share.
+        command_line: For the report.
+        options: Fields of `ComparisonOptions`.
+
+    Raises:
+        ValueError: They make no sense.
+    """
+    return ComparisonOptions(
+        models=[ModelSpec.parse(text) for text in models],
+        shared=parse_training_options([argument for argument in others if argument != "--"]),
+        command=command_line,
+        **options,
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Make a parser that of the command."""
+    parser.description = (
+        "Train several models on equal terms: the same data, image size, augmentation, batches, seeds, and the same\n"
+        "time (--minutes) or steps (--steps). Repeat an interrupted command to go on. Ends with code 1 if runs failed."
+    )
+    parser.usage = "%(prog)s --output_dir DIR --models SPEC [SPEC ...] (--minutes M | --steps N) [options]"
+    parser.epilog = """\
+All other options are those of `deperceiver train`, given once for all models. Unless --lr_scheduler is
+given, it is wsd; unless --lr_backbone is given, it is a tenth of the learning rate, and equal to it with
+--no_pretrained_backbone.
+
+example:
+  deperceiver compare --output_dir outputs/both --models deperceiver_v2,preset=nano detr --steps 200 --lrs 1e-3"""
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="Where runs and report are written.")
     add(
@@ -230,8 +266,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ComparisonOptions
         nargs="+",
         required=True,
         metavar="SPEC",
-        help="[NAME=]ARCHITECTURE[,OPTION=VALUE...]; an option is a model option of train.py, lr, lr_backbone, or "
-        "config.FIELD for --config FIELD=VALUE. Example: small=detr,enc_layers=3,lr=3e-4",
+        help="[NAME=]ARCHITECTURE[,OPTION=VALUE...]; an option is a model option of `deperceiver train`, lr, "
+        "lr_backbone, or config.FIELD for --config FIELD=VALUE. Example: small=detr,enc_layers=3,lr=3e-4",
     )
     add("--seeds", nargs="+", type=int, default=[0], help="Train every model once with each (default: 0).")
     add("--minutes", type=float, help="Train every model for this time, evaluations excluded.")
@@ -245,13 +281,3 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> ComparisonOptions
     )
     add("--search_minutes", type=float, help="Length of a trial of a learning rate.")
     add("--search_steps", type=int, help="Length of a trial of a learning rate, in steps.")
-    namespace, others = parser.parse_known_args(arguments)
-    given = vars(namespace)
-    try:
-        models = [ModelSpec.parse(text) for text in given.pop("models")]
-        shared = parse_training_options([argument for argument in others if argument != "--"])
-        return ComparisonOptions(
-            models=models, shared=shared, command=shlex.join(["python", sys.argv[0], *arguments]), **given
-        )
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")

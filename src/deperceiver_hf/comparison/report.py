@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from ..benchmarks.report import markdown_table
+from ..errors import FAILURE_CODE
 from ..output_files import atomic_path, write_json
 from .arguments import ComparisonOptions
 from .results import RunResult, read_runs
@@ -79,6 +80,15 @@ class ComparisonReport:
             if budget in (None, run.budget) and run.facts["machine"] not in machines:
                 machines.append(run.facts["machine"])
         return machines
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command."""
+        return FAILURE_CODE if self.failures else 0
+
+    def summary(self) -> str:
+        """The report as text."""
+        return self.markdown()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain units (FLOPs, seconds, metrics as fractions)."""

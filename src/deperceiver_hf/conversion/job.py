@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The conversion of an original checkpoint as a command does it: check everything, convert, save, reload, publish."""
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import httpx, validate_repo_id
+from transformers.utils import logging
 
+from ..jobs import FunctionJob
 from ..model_cards import make_model_card
 from ..models.image_processing_deperceiver import DePerceiverImageProcessor
 from ..models.modeling_deperceiver import DePerceiverForObjectDetection
@@ -49,6 +53,37 @@ class Conversion:
             f"Model: {self.output_dir}",
         ]
         return "\n".join([*lines, f"Published: {self.url}"] if self.url else lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Where it lies, and what the model is."""
+        return {"model": self.output_dir, "published": self.url, "config": self.model.config.to_diff_dict()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Make a parser that of the command."""
+    parser.description = (
+        "Convert a checkpoint of the authors' code into a directory with model, image processor and model card.\n\n"
+        "The architecture is read off the weights. They do not tell how often the encoder's shared layers are passed\n"
+        "(--num_blocks) nor whether the backbone was dilated (--dilation): give what the model was trained with."
+    )
+    parser.epilog = "example:\n  deperceiver convert epoch=49.ckpt my-deperceiver --num_blocks 3"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="Lightning's .ckpt, or a .pth with the state dict.")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="New or empty directory.")
+    parser.add_argument("--num_blocks", type=int, default=3, help="The original's --enc_blocks (%(default)s).")
+    parser.add_argument("--dilation", action="store_true", help="The model was trained with --dilation.")
+    parser.add_argument(
+        "--position_embedding_type",
+        choices=("sine", "learned"),
+        help="Refuse a checkpoint with other positions than these.",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Write into a directory that is not empty.")
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="Publish the directory on the Hub.")
+
+
+def prepare(arguments: argparse.Namespace) -> FunctionJob[Conversion]:
+    """The conversion, as the command does it."""
+    logging.disable_progress_bar()
+    return FunctionJob(convert_checkpoint, vars(arguments))
 
 
 def convert_checkpoint(

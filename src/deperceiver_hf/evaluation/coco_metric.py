@@ -6,34 +6,16 @@ The matching of detections with objects and the precision/recall curves are thos
 """
 
 import contextlib
-import importlib
 import io
 import itertools
-import os
-import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 
 import datasets
+import evaluate
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
-
-def _import_evaluate():
-    # Python puts the directory of the script that it runs first on its path. A script of this project has the command
-    # `evaluate.py` beside it, which `import evaluate` would take for the library.
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    script_directory = os.path.dirname(os.path.abspath(script)) if script else None
-    path = sys.path[:]
-    try:
-        sys.path[:] = [entry for entry in path if os.path.abspath(entry) != script_directory]
-        return importlib.import_module("evaluate")
-    finally:
-        sys.path[:] = path
-
-
-evaluate = _import_evaluate()
 
 COCO_MAX_DETECTIONS = (1, 10, 100)
 COCO_SIZE_BOUNDARIES = (32.0, 96.0)  # sides of squares in pixels: small | medium | large

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The evaluation of a saved model as a command does it: check everything, run, write the result files."""
 
+import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,36 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data import DetectionData, load_detection_data
-from ..machine import choose_precision, make_accelerator, versions
+from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
 from ..saved_models import load_detector, require_model_source
 from .coco_metric import COCO_MAX_DETECTIONS, COCO_SIZE_BOUNDARIES, areas_of_sizes, check_max_detections
 from .evaluator import EvaluationResult, align_labels, evaluate_detector
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationReport(EvaluationResult):
+    """What an evaluation found, with its settings and the files that it is in.
+
+    Attributes:
+        output: JSON file of the report.
+        predictions_file: JSON file of the detections.
+        report: The content of the first: metrics, classes, settings and versions.
+    """
+
+    output: Path
+    predictions_file: Path
+    report: dict[str, Any]
+
+    def summary(self) -> str:
+        """The tables, and where the files are."""
+        return f"{super().summary()}\nResults: {self.output}\nDetections: {self.predictions_file}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the report's file."""
+        return self.report
 
 
 @dataclass(frozen=True)
@@ -34,31 +58,90 @@ class EvaluationJob:
     description: dict[str, Any]
     options: dict[str, Any]
 
-    def run(self) -> EvaluationResult:
+    def run(self) -> EvaluationReport:
         """Evaluate, and write the results on the main process."""
         result = evaluate_detector(
             self.model, self.image_processor, self.data, accelerator=self.accelerator, **self.options
         )
+        report = {
+            "metrics": result.metrics,
+            "per_class": result.per_class,
+            **self.description,
+            "num_images": result.num_images,
+            "predictions": str(self.predictions),
+            "settings": {
+                **self.options,
+                "num_processes": self.accelerator.num_processes,
+                "device": str(self.accelerator.device.type),
+                "image_size": dict(getattr(self.image_processor, "size", None) or {}),
+            },
+            "versions": versions(),
+            "seconds": round(result.seconds, 2),
+            "date": time.strftime("%Y-%m-%d"),
+        }
         if self.accelerator.is_main_process:
             write_json(self.predictions, result.predictions)
-            report = {
-                "metrics": result.metrics,
-                "per_class": result.per_class,
-                **self.description,
-                "num_images": result.num_images,
-                "predictions": str(self.predictions),
-                "settings": {
-                    **self.options,
-                    "num_processes": self.accelerator.num_processes,
-                    "device": str(self.accelerator.device.type),
-                    "image_size": dict(getattr(self.image_processor, "size", None) or {}),
-                },
-                "versions": versions(),
-                "seconds": round(result.seconds, 2),
-                "date": time.strftime("%Y-%m-%d"),
-            }
             write_json(self.output, report)
-        return result
+        return EvaluationReport(**vars(result), output=self.output, predictions_file=self.predictions, report=report)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Make a parser that of the command."""
+    parser.description = (
+        "Evaluate a saved detector: print the COCO numbers, write them as JSON, and the detections in COCO's result\n"
+        "format. Starts plainly, or by `accelerate launch scripts/evaluate.py` or `torchrun`, with the same figures."
+    )
+    parser.epilog = (
+        "example:\n  deperceiver evaluate --model outputs/mine/best --dataset path/to/coco --output outputs/eval.json"
+    )
+    parser.add_argument(
+        "--model", required=True, help="Directory of a saved model with its image processor, or Hub id."
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        help="Directory in COCO's layout, Hub id or local `datasets` directory, or `synthetic`, also with options: "
+        "`synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3`.",
+    )
+    parser.add_argument("--split", default="val", help="Split of the data set (%(default)s).")
+    parser.add_argument("--output", required=True, help="JSON file for the results.")
+    parser.add_argument("--predictions", help="JSON file for the detections (OUTPUT with `_predictions`).")
+    parser.add_argument("--batch_size", type=int, default=8, help="Images of a process in memory (%(default)s).")
+    parser.add_argument("--num_workers", type=int, default=2, help="Loading processes per process (%(default)s).")
+    parser.add_argument("--max_samples", type=int, help="Evaluate the first images only.")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="auto: what is fast here (%(default)s).",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1, mps, ... (%(default)s).")
+    parser.add_argument(
+        "--max_detections",
+        type=int,
+        nargs="+",
+        default=[1, 10, 100],
+        help="Detections per image and class to score; AP at the last number (1 10 100).",
+    )
+    parser.add_argument(
+        "--size_boundaries",
+        type=float,
+        nargs=2,
+        metavar=("SMALL", "MEDIUM"),
+        default=[32, 96],
+        help="Sides of squares, in pixels of the data, whose areas part small, medium and large objects (32 96).",
+    )
+    parser.add_argument(
+        "--batched_forward",
+        action="store_true",
+        help="Images of one size go through the model together: faster for small models on a GPU, but the last digits "
+        "may then depend on the batch size.",
+    )
+
+
+def prepare(arguments: argparse.Namespace) -> EvaluationJob:
+    """[`prepare_evaluation`] with the command's arguments."""
+    return prepare_evaluation(**vars(arguments))
 
 
 def prepare_evaluation(

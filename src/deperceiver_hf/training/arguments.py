@@ -325,8 +325,8 @@ TAKEN_BY: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 
 
-def make_parser() -> HfArgumentParser:
-    """The parser of the training command, one argument group for each dataclass above."""
+def make_parser(**options: Any) -> HfArgumentParser:
+    """The parser of the training command, one argument group for each dataclass above; options are argparse's."""
     groups = [ModelOptions, DataOptions, OptimizationOptions, RunOptions]
     return HfArgumentParser(
         groups,
@@ -334,6 +334,7 @@ def make_parser() -> HfArgumentParser:
         usage="%(prog)s [options]",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
+        **options,
     )
 
 
@@ -347,7 +348,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingOptions:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the defaults that say something; those of switches and of options that are not given do not."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers of a training run: averaged over steps and processes, to a file, to trackers and to the progress bar."""
 
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..errors import INTERRUPTED_CODE
 from ..output_files import atomic_path
 from .checkpoints import TrainingProgress
 
@@ -42,6 +44,15 @@ class TrainingResult:
     last_model: str | None
     metrics: dict[str, float]
     seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command."""
+        return INTERRUPTED_CODE if self.interrupted else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return dataclasses.asdict(self)
 
     def summary(self) -> str:
         """A few lines for the user."""

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `deperceiver`: it finds the module of a subcommand, runs its job, and says how that ended.
+
+The module of a subcommand has
+
+- `add_arguments(parser)`: description, arguments and an example;
+- `prepare(arguments) -> Job`: checks the parsed arguments and makes the job of them (see `jobs.py`);
+- `parents() -> list`, if it needs it: parsers whose arguments are taken over, as `argparse` means it;
+- `TAKES_OTHER_OPTIONS = True`, if it needs it: what its parser does not know is no mistake but comes as
+  `arguments.others`, and the whole command line as `arguments.command_line`;
+- `INTERRUPTED`, if there is more to say: what is printed after Ctrl-C.
+
+Exit codes: 0, done; 1, the work failed, in whole or in part; 2, the arguments do not fit, or not what they name;
+130, interrupted. An error that nobody expects has a traceback, and ends with 1.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+
+from .errors import FAILURE_CODE, INTERRUPTED_CODE, USER_ERROR_CODE, FailedRunError, is_user_error, one_line
+from .jobs import Result
+
+PROGRAM = "deperceiver"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        module: Its module, within the package; imported only when the command is called.
+        help: What it does, in a line.
+    """
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("training.command", "train a detector"),
+    "evaluate": Command("evaluation.job", "COCO metrics of a saved detector"),
+    "predict": Command("prediction", "detect objects on images"),
+    "compare": Command("comparison.command", "train several models on equal terms and compare them"),
+    "benchmark": Command("benchmarks.command", "count or measure what models cost"),
+    "convert": Command("conversion.job", "convert a checkpoint of the authors' code"),
+    "cards": Command("model_cards.command", "write the model cards of the documented configurations"),
+    "demo": Command("demo", "train, evaluate and draw on synthetic scenes in a few minutes"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command line, without the program's name (`sys.argv` by default), and return its exit code.
+
+    Raises:
+        SystemExit: After `--help`, and with code 2 if the command line cannot be read.
+    """
+    shared, arguments = _shared_options().parse_known_args(arguments)
+    if not arguments or arguments[0] not in COMMANDS:
+        _overview().parse_args(arguments)  # ends the program
+    name, *arguments = arguments
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    as_json, debug = hasattr(shared, "json"), hasattr(shared, "debug")
+    module = None
+    try:
+        module = importlib.import_module(f".{COMMANDS[name].module}", __package__)
+        parsed = _parse(name, module, arguments)
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = module.prepare(parsed).run()
+    except KeyboardInterrupt:
+        _say(getattr(module, "INTERRUPTED", "Interrupted."))
+        return INTERRUPTED_CODE
+    except Exception as error:
+        failed = isinstance(error, FailedRunError)
+        if not failed and not is_user_error(error):
+            raise
+        if debug:
+            traceback.print_exc()
+        _say(f"{PROGRAM} {name}: error: {one_line(error)}")
+        return FAILURE_CODE if failed else USER_ERROR_CODE
+    if _is_main_process():
+        print(_as_json(result) if as_json else result.summary())
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return getattr(result, "exit_code", 0)
+
+
+def _parse(name: str, module: ModuleType, arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {name}",
+        parents=[_shared_options(), *(module.parents() if hasattr(module, "parents") else [])],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parsed, others = parser.parse_known_args(arguments)
+    if getattr(module, "TAKES_OTHER_OPTIONS", False):
+        parsed.others, parsed.command_line = others, shlex.join([PROGRAM, name, *arguments])
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return parsed
+
+
+def _shared_options() -> argparse.ArgumentParser:
+    """What all commands take, at any place. What is not given is not in the namespace, which is the command's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group("every command")
+    group.add_argument("--json", action="store_true", help="Print the result as JSON, and nothing else to stdout.")
+    group.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+    return parser
+
+
+def _overview() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Train, evaluate and use DePerceiver detectors.",
+        epilog=f"Example: {PROGRAM} demo\n`{PROGRAM} COMMAND --help` explains a command.",
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    return parser
+
+
+def _as_json(result: Result) -> str:
+    return json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _say(line: str) -> None:
+    if _is_main_process():
+        print(line, file=sys.stderr)
+
+
+def _is_main_process() -> bool:
+    """Launchers number their processes; what all of them find is said by the first."""
+    return os.environ.get("RANK", "0") == "0"
