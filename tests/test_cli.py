@@ -129,8 +129,10 @@ def test_debug_shows_where_an_error_comes_from(arguments, capsys):
         (FailedRunError("the loss is gone"), 1, "deperceiver evaluate: error: the loss is gone"),
         (ValueError(), 2, "deperceiver evaluate: error: ValueError"),
         (
-            OSError("Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
-                    "OSError: image 5 is torn"),
+            OSError(
+                "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                "  x\nOSError: image 5 is torn"
+            ),
             2,
             "deperceiver evaluate: error: OSError: image 5 is torn",
         ),

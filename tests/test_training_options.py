@@ -103,7 +103,7 @@ def test_flags_reach_the_configuration_of_detr():
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [
-        ("", None),
+        ("", "auto"),
         ("--amp", "fp16"),
         ("--amp --use_bfloat", "bf16"),
         ("--use_bfloat", "bf16"),

@@ -107,7 +107,9 @@ def choose_precision(requested: str, device: torch.device) -> Precision:
     else:
         reason = "as asked for"
     if requested == "fp16" and device.type == "cpu":
-        raise ValueError("float16 needs a GPU; on a CPU take bf16, no, or auto, which knows what is fast.")
+        raise ValueError(
+            "float16 (--amp) needs a GPU; on a CPU take bf16 (--use_bfloat), no, or auto, which knows what is fast."
+        )
     warning = None
     if requested == "bf16" and not computes_in_bfloat16(device):
         warning = f"bfloat16 is emulated on {device_name(device)}: {_slowdown(device)}; float32 is faster here."

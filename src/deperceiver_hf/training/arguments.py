@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from ..data.transforms import AUGMENTATIONS
 from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
+from ..machine import PRECISIONS
 
 ARCHITECTURE_NAMES = ("deperceiver", "deperceiver_v2", "detr", "deformable_detr", "rt_detr_v2", "d_fine")
 
@@ -151,14 +152,16 @@ class OptimizationOptions:
     gradient_accumulation_steps: int = _option("Batches whose gradients are averaged into one optimizer step.", 1)
     amp: bool = _option("Mixed precision in float16 (in bfloat16 with --use_bfloat).", False)
     use_bfloat: bool = _option("Mixed precision in bfloat16.", False)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = _option(
-        "The same by name; without any of the three, what `accelerate launch` was told."
+    mixed_precision: Literal[("auto", *PRECISIONS)] = _option(
+        "The same by name. auto: what `accelerate launch` was told, else bfloat16 where the hardware computes in it, "
+        "float16 on older CUDA devices, float32 elsewhere.",
+        "auto",
     )
     seed: int = _option("Seed of weights, order, augmentation and dropout.", 42)
 
     @property
-    def precision(self) -> str | None:
-        """`"no"`, `"fp16"`, `"bf16"`, or `None` to leave it to accelerate's own configuration."""
+    def precision(self) -> str:
+        """`"no"`, `"fp16"`, `"bf16"` or `"auto"`, see [`~deperceiver_hf.machine.choose_precision`]."""
         if self.use_bfloat:
             return "bf16"
         return "fp16" if self.amp else self.mixed_precision
@@ -274,7 +277,7 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
                 self._refuse(names, f"is an option of --architecture {listed} only.")
 
     def _check_optimization(self) -> None:
-        if self.mixed_precision is not None:
+        if self.mixed_precision != "auto":
             self._refuse(["amp", "use_bfloat"], f"contradicts --mixed_precision {self.mixed_precision}.")
         if self.lr_scheduler != "step":
             self._refuse(["lr_drop"], f"is an option of --lr_scheduler step, not of {self.lr_scheduler}.")

@@ -30,6 +30,7 @@ from ..data import (
 )
 from ..evaluation.coco_metric import areas_of_sizes
 from ..evaluation.evaluator import evaluate_detector
+from ..machine import choose_precision, find_device, make_accelerator
 from ..output_files import write_json
 from .arguments import TrainingOptions
 from .batches import make_loader
@@ -402,14 +403,16 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     if missing := sorted(set(trackers) - {"all", *available}):
         raise ValueError(f"--report_to {' '.join(missing)}: not installed; try `pip install {' '.join(missing)}`.")
-    accelerator = Accelerator(
-        mixed_precision=options.precision,
+    precision = choose_precision(options.precision, find_device())
+    accelerator = make_accelerator(
+        mixed_precision=precision.name,
         log_with=trackers or None,
         project_dir=options.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
     )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("float16 training (--amp) needs a GPU; on a CPU use --use_bfloat or no mixed precision.")
+    logger.info(f"Precision {precision.name}: {precision.reason}.")
+    if precision.warning:
+        logger.warning(precision.warning)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give --gradient_accumulation_steps to the script, not to `accelerate launch`.")
     return accelerator

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices by name, and the precision that each of them is fast in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deperceiver_hf import machine
+from deperceiver_hf.machine import (
+    choose_precision,
+    computes_in_bfloat16,
+    describe_machine,
+    find_device,
+    make_accelerator,
+)
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """As without `accelerate launch`."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """Make the machine one that computes in bfloat16, or one that does not."""
+
+    def pretend(in_bfloat16: bool) -> None:
+        monkeypatch.setattr(machine, "computes_in_bfloat16", lambda device: in_bfloat16)
+        monkeypatch.setattr(machine, "device_name", lambda device: f"the {device.type}")
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("device", "in_bfloat16", "expected"),
+    [
+        (CPU, True, "bf16"),
+        (CPU, False, "no"),
+        (CUDA, True, "bf16"),
+        (CUDA, False, "fp16"),
+        (torch.device("mps"), False, "no"),
+    ],
+)
+def test_auto_takes_what_the_hardware_computes_in(hardware, device, in_bfloat16, expected):
+    hardware(in_bfloat16)
+    precision = choose_precision("auto", device)
+    assert (precision.name, precision.warning) == (expected, None)
+    assert f"the {device.type}" in precision.reason
+
+
+@pytest.mark.parametrize(("launched", "expected"), [("bf16", "bf16"), ("fp16", "fp16"), ("no", "fp16")])
+def test_auto_follows_the_launcher(hardware, monkeypatch, launched, expected):
+    hardware(False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert choose_precision("auto", CUDA).name == expected
+    assert choose_precision("no", CUDA).name == "no"
+
+
+@pytest.mark.parametrize("in_bfloat16", [True, False])
+def test_what_is_asked_for_is_taken(hardware, in_bfloat16):
+    hardware(in_bfloat16)
+    precision = choose_precision("bf16", CPU)
+    assert (precision.name, precision.dtype) == ("bf16", torch.bfloat16)
+    assert (precision.warning is None) == in_bfloat16
+    if not in_bfloat16:
+        assert "emulated" in precision.warning
+        assert "times as long" in precision.warning
+
+
+@pytest.mark.parametrize(("name", "message"), [("fp16", "needs a GPU"), ("int3", "auto, no, fp16, bf16")])
+def test_impossible_precisions_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        choose_precision(name, CPU)
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_instructions_that_are_switched_off_do_not_count(variable):
+    """As on a processor that has none."""
+    command = "import torch, deperceiver_hf.machine as m; print(m.choose_precision('auto', torch.device('cpu')).name)"
+    environment = {name: value for name, value in os.environ.items() if "MAX_CPU_ISA" not in name}
+    printed = subprocess.run(
+        [sys.executable, "-c", command],
+        env={**environment, variable: "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if os.uname().machine in ("x86_64", "amd64"):
+        assert printed.stdout.strip() == "no"
+
+
+def test_bfloat16_of_the_processor_is_what_its_flags_say():
+    """Of the flags that Linux shows, where it shows them."""
+    shown = Path("/proc/cpuinfo")
+    if not shown.exists():
+        pytest.skip(f"no {shown} here")
+    flags = set(shown.read_text(encoding="utf-8").split())
+    if computes_in_bfloat16(CPU):
+        assert flags & {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cuda:99", "CUDA devices"), ("gpu", "must be auto, cpu"), ("meta:x", "auto")]
+)
+def test_devices_that_are_not_there_are_refused(name, message):
+    for find in (find_device, make_accelerator):
+        with pytest.raises(ValueError, match=message):
+            find(name)
+
+
+def test_devices_by_name():
+    assert find_device("cpu") == CPU
+    assert find_device("auto").type == make_accelerator().device.type
+    assert make_accelerator("cpu").device == CPU
+
+
+def test_description_names_device_threads_and_versions():
+    description = describe_machine(CPU)
+    assert description["threads"] == torch.get_num_threads()
+    assert description["torch"] == torch.__version__.split("+")[0] or description["torch"] == torch.__version__
+    assert description["device"].startswith("cpu (")
