@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 # Trains on synthetic scenes (at most 5 minutes on 2 cores), evaluates, detects. The second run keeps what was trained.
 demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py --output_dir outputs/demo
+	$(BIN)/deperceiver demo --output_dir outputs/demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -56,7 +56,7 @@ def test_committed_cards_are_up_to_date(cards):
     assert names == sorted(file.name for file in DIRECTORY.glob("*.md"))
     assert len(names) == len(CARDS)
     for name in names:
-        assert (DIRECTORY / name).read_text() == (cards / name).read_text(), "run scripts/make_model_cards.py"
+        assert (DIRECTORY / name).read_text() == (cards / name).read_text(), "run `deperceiver cards`"
 
 
 def test_cards_have_metadata_and_no_unmeasured_figure(cards):

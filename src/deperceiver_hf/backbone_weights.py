@@ -13,6 +13,7 @@ import torch
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, AutoBackbone, PreTrainedModel
 from transformers.utils import logging
 
+from .errors import UserError
 from .models.configuration_backbone_deperceiver import DePerceiverBackboneConfig
 
 logger = logging.get_logger(__name__)
@@ -64,7 +65,7 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> 
     problems = sorted(expected.keys() - usable.keys())
     problems += sorted(name for name, tensor in usable.items() if tensor.shape != expected[name].shape)
     if problems:
-        raise ValueError(
+        raise UserError(
             f"the weights of {str(source)!r} do not fit the backbone {_describe(backbone)}: {len(problems)} of its "
             f"{len(expected)} tensors are missing there or have another shape, such as {problems[:3]}. Name weights "
             f"of the same architecture."
@@ -104,7 +105,7 @@ def _read_timm_weights(backbone: PreTrainedModel, source: str | PathLike) -> dic
         )
     except Exception as error:  # timm and huggingface_hub raise many kinds, offline ones among them
         if isinstance(error, RuntimeError) and "Unknown model" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"{str(source)!r} is neither a file nor a model of timm. See `timm.list_models(pretrained=True)`."
             ) from error
         raise OSError(

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .data.images import decode_rgb
 from .data.records import DetectionData
+from .errors import UserError
 
 # Distinct on photographs, dark enough for white text; neighbouring labels differ most.
 COLORS = (
@@ -122,7 +123,7 @@ def draw_contact_sheet(
         ValueError: there are no rows.
     """
     if not rows:
-        raise ValueError("There is nothing to draw: a contact sheet needs at least one image.")
+        raise UserError("There is nothing to draw: a contact sheet needs at least one image.")
     columns = min(columns, len(rows))
     aspect = float(np.clip(np.median([row.image.height / row.image.width for row in rows]), 0.5, 1.0))
     cell = (cell_width, round(cell_width * aspect))

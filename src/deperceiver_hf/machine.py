@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from .errors import UserError
+
 PACKAGES = ("deperceiver-hf", "torch", "torchvision", "transformers", "accelerate", "timm", "pycocotools")
 PRECISIONS = ("no", "fp16", "bf16")
 HALF_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,14 +53,14 @@ def find_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, not {name!r}.") from error
+        raise UserError(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, not {name!r}.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices.")
+        raise UserError(f"device {name!r} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices.")
     try:
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say that it has none
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+        raise UserError(f"device {name!r} cannot be used: {reason}") from error
     return device
 
 
@@ -81,7 +83,7 @@ def make_accelerator(device: str = "auto", **arguments: Any) -> Accelerator:
         torch.accelerator.set_device_index(chosen.index)
     accelerator = Accelerator(cpu=chosen.type == "cpu", **arguments)
     if accelerator.device.type != chosen.type:
-        raise ValueError(f"device {device!r} was asked for, but accelerate takes {str(accelerator.device)!r} here.")
+        raise UserError(f"device {device!r} was asked for, but accelerate takes {str(accelerator.device)!r} here.")
     return accelerator
 
 
@@ -98,7 +100,7 @@ def choose_precision(requested: str, device: torch.device) -> Precision:
         ValueError: The name is unknown, or the device cannot compute in the precision that was asked for.
     """
     if requested not in ("auto", *PRECISIONS):
-        raise ValueError(f"mixed_precision must be auto, {', '.join(PRECISIONS)}, not {requested!r}.")
+        raise UserError(f"mixed_precision must be auto, {', '.join(PRECISIONS)}, not {requested!r}.")
     if requested == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launched not in HALF_PRECISIONS:
@@ -107,7 +109,7 @@ def choose_precision(requested: str, device: torch.device) -> Precision:
     else:
         reason = "as asked for"
     if requested == "fp16" and device.type == "cpu":
-        raise ValueError(
+        raise UserError(
             "float16 (--amp) needs a GPU; on a CPU take bf16 (--use_bfloat), no, or auto, which knows what is fast."
         )
     warning = None

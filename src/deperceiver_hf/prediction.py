@@ -16,7 +16,7 @@ from transformers import Pipeline, pipeline
 
 from .data.images import decode_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
-from .errors import FAILURE_CODE, INTERRUPTED_CODE
+from .errors import FAILURE_CODE, INTERRUPTED_CODE, UserError
 from .machine import find_device
 from .output_files import atomic_path, require_writable_directory, write_json
 from .saved_models import load_detector, require_model_source
@@ -223,9 +223,9 @@ def prepare_prediction(
         ValueError: an option is out of range.
     """
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold}.")
+        raise UserError(f"threshold must be in [0, 1], got {threshold}.")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     require_model_source(model)
     if draw:
         require_supervision()

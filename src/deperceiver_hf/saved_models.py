@@ -8,6 +8,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 
+from .errors import UserError
+
 
 def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
     """A detector ready to predict, and its image processor.
@@ -28,7 +30,7 @@ def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
     # transformers only warns of them and leaves random numbers in their place.
     lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"{source} lacks {len(lacking)} weights that its config.json asks for, e.g. {lacking[0]}; it was saved by "
             "another version or only in part."
         )
@@ -44,9 +46,9 @@ def require_model_source(source: str) -> None:
     """
     path = Path(source)
     if path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{source} is a file; a directory written by save_pretrained is needed. A checkpoint of the authors' code "
-            "is turned into one by scripts/convert_original_checkpoint.py."
+            "is turned into one by `deperceiver convert`."
         )
     if path.is_dir():
         for name in ("config.json", "preprocessor_config.json"):

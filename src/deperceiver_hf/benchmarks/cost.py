@@ -61,6 +61,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DetrForObjectDetection
 
+from ..errors import UserError
 from .report import BenchmarkReport
 from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, VARIANT_NAMES, check_models, make_variant, with_backbone
 
@@ -121,7 +122,7 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
     model = _make_without_contents(make_model)
     implementation = model.config._attn_implementation
     if implementation != "eager":
-        raise ValueError(f"attention must be eager to count its weights, but is {implementation!r}.")
+        raise UserError(f"attention must be eager to count its weights, but is {implementation!r}.")
     backbone = with_backbone(model).backbone
     tokens = backbone_flops = 0
     flops, activations, memory = FlopCounterMode(display=False), _ActivationCounter(), _MemoryCounter()
@@ -167,7 +168,7 @@ def count_peak_memory(make_model: Callable[[], nn.Module], height: int, width: i
 def check_image_size(height: int, width: int) -> None:
     """Refuse images that are smaller than a cell of the coarsest feature map with a `ValueError`."""
     if min(height, width) < SMALLEST_SIDE:
-        raise ValueError(f"height and width must be at least {SMALLEST_SIDE} pixels, not {height} and {width}.")
+        raise UserError(f"height and width must be at least {SMALLEST_SIDE} pixels, not {height} and {width}.")
 
 
 def _make_without_contents(make_model: Callable[[], nn.Module]) -> nn.Module:
@@ -250,7 +251,7 @@ def check_at_least_one(**values: int) -> None:
     """Refuse values below 1 with a `ValueError`."""
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}.")
+            raise UserError(f"{name} must be at least 1, not {value}.")
 
 
 def compare_costs(

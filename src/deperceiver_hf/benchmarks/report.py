@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..output_files import atomic_path, require_writable_file, write_json
 
 
@@ -62,5 +63,5 @@ def check_output(path: str | os.PathLike) -> Path:
         OSError: It cannot be written.
     """
     if Path(path).suffix not in (".json", ".md"):
-        raise ValueError(f"the output {path} must end in .json or .md.")
+        raise UserError(f"the output {path} must end in .json or .md.")
     return require_writable_file(path)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..machine import device_name, find_device
 from ..output_files import atomic_path, require_writable_file
 from .cost import check_at_least_one, check_image_size, count_cost, count_peak_memory
@@ -61,14 +62,14 @@ def compare_scaling(
     """
     check_models(models)
     if others := [name for name in timed if name not in models]:
-        raise ValueError(f"{', '.join(others)} cannot be timed without being among the models.")
+        raise UserError(f"{', '.join(others)} cannot be timed without being among the models.")
     if not sizes:
-        raise ValueError("sizes must name at least one side of an image.")
+        raise UserError("sizes must name at least one side of an image.")
     for size in sizes:
         check_image_size(size, size)
     check_at_least_one(repeats=repeats, num_latents=num_latents)
     if warmup < 0:
-        raise ValueError(f"warmup must be at least 0, not {warmup}.")
+        raise UserError(f"warmup must be at least 0, not {warmup}.")
     target = find_device(device)
     make = partial(make_variant, backbone=backbone, num_latents=num_latents)
     rows: dict[str, dict[str, Any]] = {}
@@ -143,7 +144,7 @@ def check_figure(path: str | os.PathLike) -> Path:
     """
     require_matplotlib()
     if Path(path).suffix != ".png":
-        raise ValueError(f"the figure {path} must end in .png.")
+        raise UserError(f"the figure {path} must end in .png.")
     return require_writable_file(path)
 
 

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..machine import device_name, find_device
 from .cost import check_at_least_one, check_image_size
 from .report import BenchmarkReport
@@ -77,11 +78,11 @@ def compare_times(
     check_image_size(height, width)
     check_at_least_one(batch_size=batch_size, repeats=repeats, num_latents=num_latents)
     if warmup < 0:
-        raise ValueError(f"warmup must be at least 0, not {warmup}.")
+        raise UserError(f"warmup must be at least 0, not {warmup}.")
     if compile and warmup == 0:
-        raise ValueError("a compiled model is compiled in its first pass: warmup must be at least 1, not 0.")
+        raise UserError("a compiled model is compiled in its first pass: warmup must be at least 1, not 0.")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     target = find_device(device)
     made: dict[str, nn.Module] = {}
     for name in models:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection
 
+from ..errors import UserError
 from ..models.configuration_backbone_deperceiver import timm_out_indices
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
@@ -48,12 +49,12 @@ def deperceiver_variant(
         ValueError: No such scale, or the backbone has no such feature maps.
     """
     if scale not in SCALES:
-        raise ValueError(f"there is no scale {scale!r}; choose from {', '.join(SCALES)}.")
+        raise UserError(f"there is no scale {scale!r}; choose from {', '.join(SCALES)}.")
     fields = {"feature_strides": SCALES[scale], "num_labels": ORIGINAL_NUM_LABELS}
     try:
         return DePerceiverConfig(backbone=backbone, num_latents=num_latents, **{**fields, **overrides})
     except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def deperceiver_v2_variant(preset: str, *, backbone: str | None = None, **overrides) -> DePerceiverV2Config:
@@ -71,7 +72,7 @@ def deperceiver_v2_variant(preset: str, *, backbone: str | None = None, **overri
     try:
         return DePerceiverV2Config.from_preset(preset, **fields)
     except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def make_variant(
@@ -93,7 +94,7 @@ def make_variant(
         ValueError: No such model.
     """
     if name not in VARIANT_NAMES:
-        raise ValueError(f"there is no model {name!r}; choose from {', '.join(VARIANT_NAMES)}.")
+        raise UserError(f"there is no model {name!r}; choose from {', '.join(VARIANT_NAMES)}.")
     architecture, _, size = name.rpartition("-")
     # As a dictionary it is for the transformer alone; timm's backbones choose for themselves.
     attention = {"": attn_implementation}
@@ -192,8 +193,8 @@ def check_models(models: Sequence[str]) -> None:
     """Refuse unknown and repeated names with a `ValueError`."""
     unknown = [name for name in models if name not in VARIANT_NAMES]
     if unknown or not models:
-        raise ValueError(
+        raise UserError(
             f"there is no model {', '.join(unknown) or '(none given)'}; choose from {', '.join(VARIANT_NAMES)}."
         )
     if len(set(models)) < len(models):
-        raise ValueError(f"a model is named twice in {', '.join(models)}.")
+        raise UserError(f"a model is named twice in {', '.join(models)}.")

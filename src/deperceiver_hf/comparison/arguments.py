@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..training import TrainingOptions
 from ..training.arguments import ModelOptions, make_parser
 
@@ -70,18 +71,18 @@ class ModelSpec:
             elif option in MODEL_FIELDS | RATE_FIELDS:
                 arguments.append(f"--{option}={value}")
             elif option in TRAINING_FIELDS:
-                raise ValueError(f"--models {text}: {option} is the same for all models; give --{option} once.")
+                raise UserError(f"--models {text}: {option} is the same for all models; give --{option} once.")
             else:
-                raise ValueError(f"--models {text}: there is no model option {option}.")
+                raise UserError(f"--models {text}: there is no model option {option}.")
         if config:
             arguments += ["--config", *config]
         name = name or architecture
         if not NAME_PATTERN.fullmatch(name):
-            raise ValueError(f"--models {text}: {name!r} cannot be a name; write [NAME=]ARCHITECTURE[,OPTION=VALUE].")
+            raise UserError(f"--models {text}: {name!r} cannot be a name; write [NAME=]ARCHITECTURE[,OPTION=VALUE].")
         try:
             return cls(name, parse_training_options(arguments))
         except ValueError as error:
-            raise ValueError(f"--models {text}: {error}") from error
+            raise UserError(f"--models {text}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -113,26 +114,26 @@ class ComparisonOptions:
 
     def __post_init__(self) -> None:
         if self.minutes is None and self.steps is None:
-            raise ValueError("give --minutes, --steps or both: how long every model is trained.")
+            raise UserError("give --minutes, --steps or both: how long every model is trained.")
         names = [model.name for model in self.models]
         for option, values in {"--models": names, "--seeds": self.seeds, "--lrs": self.lrs}.items():
             if not values:
-                raise ValueError(f"{option} is empty.")
+                raise UserError(f"{option} is empty.")
             if twice := sorted({value for value in values if values.count(value) > 1}):
                 hint = "; write NAME=ARCHITECTURE to give another name" if values is names else ""
-                raise ValueError(f"{option} has {', '.join(map(str, twice))} twice{hint}.")
+                raise UserError(f"{option} has {', '.join(map(str, twice))} twice{hint}.")
         searches = (self.search_minutes, self.search_steps)
         if len(self.lrs) > 1 and searches.count(None) != 1:
-            raise ValueError(
+            raise UserError(
                 "several --lrs are tried out: give --search_minutes or --search_steps, the length of a trial."
             )
         if len(self.lrs) == 1 and searches.count(None) != 2:
-            raise ValueError("--search_minutes and --search_steps need several --lrs to search among.")
+            raise UserError("--search_minutes and --search_steps need several --lrs to search among.")
         for name in DECIDED_HERE:
             if name in self.shared:
-                raise ValueError(f"--{name} is no option of a comparison: {DECIDED_HERE[name]}.")
+                raise UserError(f"--{name} is no option of a comparison: {DECIDED_HERE[name]}.")
         if self.shared.get("eval_every") == 0:
-            raise ValueError("--eval_every 0: a comparison needs evaluations.")
+            raise UserError("--eval_every 0: a comparison needs evaluations.")
         for model in self.models:
             for minutes, steps in (*self.budgets.values(), searches):
                 if (minutes, steps) != (None, None):
@@ -190,7 +191,7 @@ class ComparisonOptions:
             hint = (
                 f" Of what is given for all models ({shared}), write in --models what not all know." if shared else ""
             )
-            raise ValueError(f"model {model.name}: {error}{hint}") from error
+            raise UserError(f"model {model.name}: {error}{hint}") from error
 
 
 def parse_training_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -205,9 +206,9 @@ def parse_training_options(arguments: Sequence[str]) -> dict[str, Any]:
     try:
         namespace, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     if unknown:
-        raise ValueError(f"unknown: {' '.join(unknown)}")
+        raise UserError(f"unknown: {' '.join(unknown)}")
     return {name: value for name, value in vars(namespace).items() if value is not None}
 
 

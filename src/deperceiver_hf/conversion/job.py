@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import httpx, validate_repo_id
 from transformers.utils import logging
 
+from ..errors import UserError
 from ..jobs import FunctionJob
 from ..model_cards import make_model_card
 from ..models.image_processing_deperceiver import DePerceiverImageProcessor
@@ -124,13 +125,13 @@ def convert_checkpoint(
         try:
             validate_repo_id(push_to_hub)
         except HFValidationError as error:
-            raise ValueError(f"{push_to_hub!r} is no name of a repository: {error}") from error
+            raise UserError(f"{push_to_hub!r} is no name of a repository: {error}") from error
     try:
         model = load_original(
             checkpoint, num_blocks=num_blocks, position_embedding_type=position_embedding_type, dilation=dilation
         )
     except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise UserError(" ".join(str(error).split())) from error
     require_writable_directory(output_dir)
     _save(model, output_dir, checkpoint.name, push_to_hub)
     _check_saved(model, output_dir)
@@ -158,7 +159,7 @@ def _check_saved(model: DePerceiverForObjectDetection, output_dir: Path) -> None
         name for name in saved.keys() & expected.keys() if not torch.equal(saved[name], expected[name])
     )
     if different:
-        raise ValueError(
+        raise UserError(
             f"{output_dir} was written, but loading it gives other weights: {len(different)} differ, such as "
             f"{different[0]}."
         )

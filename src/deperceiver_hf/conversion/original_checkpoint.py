@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..data.coco_categories import COCO_CATEGORIES
+from ..errors import UserError
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.modeling_deperceiver import DePerceiverForObjectDetection
 
@@ -83,14 +84,14 @@ def load_original(
     state_dict = _read_state_dict(source)
     inferred = _infer_config(state_dict)
     if position_embedding_type not in (None, inferred["position_embedding_type"]):
-        raise ValueError(
+        raise UserError(
             f"`position_embedding_type={position_embedding_type!r}` was given, but the checkpoint has "
             f"{inferred['position_embedding_type']} positions."
         )
     known = set(DePerceiverConfig.__dataclass_fields__) | {"num_labels", "backbone"}
     unknown = sorted(set(config_overrides) - known)
     if unknown:
-        raise ValueError(f"{unknown} are not fields of DePerceiverConfig.")
+        raise UserError(f"{unknown} are not fields of DePerceiverConfig.")
     if "id2label" in config_overrides or "num_labels" in config_overrides:
         inferred = {name: value for name, value in inferred.items() if name not in ("id2label", "label2id")}
     if "id2label" in config_overrides:
@@ -108,7 +109,7 @@ def load_original(
         if converted[name].shape != expected[name].shape
     ]
     if missing or unexpected or misshapen:
-        raise ValueError(
+        raise UserError(
             f"this checkpoint does not fit the DePerceiver that its names describe: {len(missing)} weights are "
             f"missing (such as {missing[:3]}), {len(unexpected)} are unknown (such as {unexpected[:3]}), "
             f"{len(misshapen)} have another shape (such as {misshapen[:3]}). A backbone that is no plain ResNet "
@@ -127,7 +128,7 @@ def _read_state_dict(source: str | PathLike | Mapping[str, Any]) -> dict[str, to
         except (FileNotFoundError, IsADirectoryError) as error:
             raise FileNotFoundError(f"there is no checkpoint file {described}.") from error
         except Exception as error:  # torch.load raises whatever its many formats do
-            raise ValueError(
+            raise UserError(
                 f"{described} cannot be read as a PyTorch checkpoint of tensors ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else 'no message'}). If it holds other pickled objects "
                 f"and you trust it, save its weights alone: torch.save({{'state_dict': ...}}, FILE)."
@@ -135,7 +136,7 @@ def _read_state_dict(source: str | PathLike | Mapping[str, Any]) -> dict[str, to
     if isinstance(source, Mapping) and isinstance(source.get("state_dict"), Mapping):
         source = source["state_dict"]
     if not isinstance(source, Mapping) or not all(isinstance(value, torch.Tensor) for value in source.values()):
-        raise ValueError(f"{described} holds no state dict: names with tensors, possibly under 'state_dict'.")
+        raise UserError(f"{described} holds no state dict: names with tensors, possibly under 'state_dict'.")
     state_dict = {name.removeprefix("module."): tensor for name, tensor in source.items()}
     return {
         name: tensor
@@ -150,7 +151,7 @@ def _infer_config(state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
     missing = [name for name in required if name not in shapes]
     if missing:
         hint = " It looks like DETR." if any(name.startswith("transformer.") for name in shapes) else ""
-        raise ValueError(
+        raise UserError(
             f"this is not a checkpoint of a DePerceiver: it has no {missing}.{hint} Its names start like "
             f"{sorted(shapes)[:3]}."
         )
@@ -160,13 +161,13 @@ def _infer_config(state_dict: dict[str, torch.Tensor]) -> dict[str, Any]:
     for name in projections:
         stages = [stage for stage, channels in stage_channels.items() if channels == shapes[name][1]]
         if not stages:
-            raise ValueError(
+            raise UserError(
                 f"{name} reads {shapes[name][1]} channels, but the stages of the backbone have {stage_channels}."
             )
         strides.append(STRIDE_OF_STAGE[stages[0]])
     learned = [name for name in shapes if name.endswith("row_embed.weight")]
     if len(learned) > 1:
-        raise ValueError(f"found several tables of learned positions ({learned}), where one is expected.")
+        raise UserError(f"found several tables of learned positions ({learned}), where one is expected.")
     num_latents, d_latents = shapes["perceiver.encoder.latents"]
     num_queries, d_model = shapes["query_embed.weight"]
     num_labels = shapes["class_embed.weight"][0] - 1
@@ -224,7 +225,7 @@ def _backbone_name(shapes: dict[str, tuple[int, ...]]) -> str:
     for name, depths in RESNET_DEPTHS.items():
         if (name not in ("resnet18", "resnet34")) == bottleneck and depths[: len(blocks)] == blocks:
             return name
-    raise ValueError(f"the backbone has stages of {blocks} blocks, which is none of the ResNets {RESNET_DEPTHS}.")
+    raise UserError(f"the backbone has stages of {blocks} blocks, which is none of the ResNets {RESNET_DEPTHS}.")
 
 
 def _convert_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
+from ..errors import UserError
 from .annotations import AnnotationList, as_integer, image_path_column, record_columns
 from .images import read_headers, seen_sizes
 from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
@@ -121,19 +122,19 @@ def _read_annotation_file(path: Path) -> dict:
         with path.open(encoding="utf-8-sig") as file:
             content = json.load(file, object_hook=without_segmentation)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno} "
             f"(character {error.pos}). Perhaps its download was cut off."
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     if not isinstance(content, dict):
-        raise ValueError(
+        raise UserError(
             f"{path} must hold a JSON object with images, annotations and categories, not a {type(content)}."
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
-            raise ValueError(
+            raise UserError(
                 f"{path} has no list {key!r}, which COCO instance annotations have. Its keys: {', '.join(content)}."
             )
     return content
@@ -144,14 +145,14 @@ def _read_categories(categories: list, annotation_file: Path, report: LoadingRep
     for category in categories:
         category_id = as_integer(category.get("id")) if isinstance(category, dict) else None
         if category_id is None:
-            raise ValueError(f"{annotation_file}: the category {category!r} has no integer id.")
+            raise UserError(f"{annotation_file}: the category {category!r} has no integer id.")
         name = str(category.get("name") or f"category_{category_id}")
         if names.setdefault(category_id, name) != name:
-            raise ValueError(
+            raise UserError(
                 f"{annotation_file}: category id {category_id} is given twice, as {names[category_id]!r} and {name!r}."
             )
     if not names:
-        raise ValueError(f"{annotation_file} lists no categories.")
+        raise UserError(f"{annotation_file} lists no categories.")
     category_ids = sorted(names)
     label_names = [names[category_id] for category_id in category_ids]
     shared = {name for name in label_names if label_names.count(name) > 1}

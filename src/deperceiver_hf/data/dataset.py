@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from ..errors import UserError
 from .images import decode_rgb
 from .records import DetectionData
 
@@ -98,7 +99,7 @@ class DetectionDataset(Dataset):
         row = self._rows[index]
         image = decode_rgb(row["image"], row["image_id"])
         if image.size != (row["width"], row["height"]):
-            raise ValueError(
+            raise UserError(
                 f"The image of image_id {row['image_id']} ({row['image']}) is {image.size} pixels (width, height), "
                 f"its record says {(row['width'], row['height'])}. Was the file replaced after loading? Load it anew."
             )

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
 
+from ..errors import UserError
 from .annotations import AnnotationList, as_integer, record_columns
 from .images import ImageHeader, read_header, seen_sizes
 from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
@@ -52,7 +53,7 @@ def load_hub_data(
         ValueError: the columns are not as described, or anything is broken and `strict` is set.
     """
     if bbox_format not in BOX_FORMATS:
-        raise ValueError(f"bbox_format must be one of {BOX_FORMATS}, got {bbox_format!r}")
+        raise UserError(f"bbox_format must be one of {BOX_FORMATS}, got {bbox_format!r}")
     splits = _load_splits(source, cache_dir)
     split_name = next((name for name in split_aliases(split) if name in splits), None)
     if split_name is None:
@@ -123,17 +124,15 @@ def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str]:
     wanted = "An image column and `objects` with `bbox` and a category are needed. Rename or map the columns first."
     image_key = next((name for name, feature in dataset.features.items() if isinstance(feature, Image)), None)
     if image_key is None:
-        raise ValueError(f"{source} has no column of images. Columns found: {described}. {wanted}")
+        raise UserError(f"{source} has no column of images. Columns found: {described}. {wanted}")
     if "objects" not in dataset.features:
-        raise ValueError(f"{source} has no column `objects`. Columns found: {described}. {wanted}")
+        raise UserError(f"{source} has no column `objects`. Columns found: {described}. {wanted}")
     fields = _object_fields(dataset)
     box_key = next((key for key in BOX_KEYS if key in fields), None)
     category_key = next((key for key in CATEGORY_KEYS if key in fields), None)
     if box_key is None or category_key is None:
         missing = f"boxes (any of {BOX_KEYS})" if box_key is None else f"categories (any of {CATEGORY_KEYS})"
-        raise ValueError(
-            f"`objects` of {source} has no {missing}; it has {', '.join(fields) or 'no fields'}. {wanted}"
-        )
+        raise UserError(f"`objects` of {source} has no {missing}; it has {', '.join(fields) or 'no fields'}. {wanted}")
     return image_key, box_key, category_key
 
 

@@ -8,6 +8,8 @@ import torch.distributed
 from datasets import Dataset, Features, Image, Value
 from transformers.utils import logging
 
+from ..errors import UserError
+
 logger = logging.get_logger(__name__)
 
 DETECTION_FEATURES = Features(
@@ -101,7 +103,7 @@ class LoadingReport:
         if not self.counts:
             return
         if strict:
-            raise ValueError(
+            raise UserError(
                 f"{self.source} is not clean and strict=True was asked for:\n{self.summary()}\n"
                 "Correct the annotations, or load with strict=False to have these repaired or left out as described."
             )
@@ -142,7 +144,7 @@ def require_same_labels(reference: DetectionData, *others: DetectionData) -> Non
         if (other.label_names, other.category_ids) != (reference.label_names, reference.category_ids):
             mine, theirs = (dict(zip(d.category_ids, d.label_names, strict=True)) for d in (reference, other))
             differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            raise ValueError(
+            raise UserError(
                 f"The categories of {reference.report.source} and {other.report.source} differ, so their labels "
                 f"cannot be compared. Category ids that differ: {differing[:10]}; e.g. {differing[0]} is "
                 f"{mine.get(differing[0])!r} in the first and {theirs.get(differing[0])!r} in the second."

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.image_utils import SizeDict
 
+from ..errors import UserError
 from ..models.detection_processing_deperceiver import resized_size
 from .dataset import DetectionDataset
 
@@ -40,9 +41,9 @@ class TrainingBatchSampler(Sampler[list[int]]):
         num_processes: int = 1,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if len(dataset) < batch_size * num_processes:
-            raise ValueError(
+            raise UserError(
                 f"{len(dataset)} images do not fill a batch of {batch_size} for each of {num_processes} processes. "
                 "Take a smaller batch size or more images."
             )
@@ -102,7 +103,7 @@ def same_size_batches(
         size: the image processor's `size`.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     target = SizeDict(**size)
     groups = defaultdict(list)
     for index, image_size in enumerate(image_sizes):

@@ -4,6 +4,7 @@
 import os
 from pathlib import Path
 
+from ..errors import UserError
 from .coco import is_coco_directory, load_coco_directory
 from .hub import load_hub_data
 from .records import DetectionData
@@ -39,7 +40,7 @@ def load_detection_data(
         TypeError: an option that this kind of data set does not have.
     """
     if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, got {max_samples}")
+        raise UserError(f"max_samples must be at least 1, got {max_samples}")
     dataset = os.fspath(dataset)
     path = Path(dataset).expanduser()
     if is_synthetic(dataset):
@@ -52,5 +53,5 @@ def load_detection_data(
         source = str(path) if path.is_dir() else dataset
         data = load_hub_data(source, split, strict=strict, max_samples=max_samples, cache_dir=cache_dir, **options)
     if len(data.dataset) == 0:
-        raise ValueError(f"{data.report.source} has no images.\n{data.report.summary()}")
+        raise UserError(f"{data.report.source} has no images.\n{data.report.summary()}")
     return data

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 from transformers.image_utils import SizeDict
 
+from ..errors import UserError
 from ..models.detection_processing_deperceiver import resized_size
 
 AUGMENTATIONS = ("original", "flip", "none", "crop", "crop_any_orientation")
@@ -53,12 +54,12 @@ def make_train_transforms(
     Crowds are dropped first, boxes without area last; the area becomes that of the box.
     """
     if augmentation not in AUGMENTATIONS:
-        raise ValueError(f"augmentation must be one of {AUGMENTATIONS}, got {augmentation!r}")
+        raise UserError(f"augmentation must be one of {AUGMENTATIONS}, got {augmentation!r}")
     if shortest_edge < 1:
-        raise ValueError(f"shortest_edge must be at least 1 pixel, got {shortest_edge}")
+        raise UserError(f"shortest_edge must be at least 1 pixel, got {shortest_edge}")
     longest_edge = _scaled(_REFERENCE_LONGEST, shortest_edge) if longest_edge is None else longest_edge
     if longest_edge < shortest_edge:
-        raise ValueError(f"longest_edge must be at least the shortest_edge {shortest_edge}, got {longest_edge}")
+        raise UserError(f"longest_edge must be at least the shortest_edge {shortest_edge}, got {longest_edge}")
 
     if augmentation == "original":
         resize = RandomShortestEdge([_scaled(size, shortest_edge) for size in _SCALES], longest_edge)

@@ -17,6 +17,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..errors import UserError
+
 COCO_MAX_DETECTIONS = (1, 10, 100)
 COCO_SIZE_BOUNDARIES = (32.0, 96.0)  # sides of squares in pixels: small | medium | large
 COCO_AREA_BOUNDARIES = (32.0**2, 96.0**2)  # their areas
@@ -102,7 +104,7 @@ class CocoDetectionMetric(evaluate.Metric):
 
     def _finalize(self):
         if self.writer is None:
-            raise ValueError("Nothing to score: call `add` or `add_batch` with at least one image before `compute`.")
+            raise UserError("Nothing to score: call `add` or `add_batch` with at least one image before `compute`.")
         super()._finalize()
 
     def _compute(self, *, predictions: list[dict], references: list[dict]) -> dict:
@@ -113,7 +115,7 @@ class CocoDetectionMetric(evaluate.Metric):
         used = {label for record in (*references, *predictions) for label in record["labels"]}
         unknown = used - set(labels) if self.label_names is not None else set()
         if unknown:
-            raise ValueError(f"Labels {_shortened(sorted(unknown))} are outside of the {len(names)} label_names.")
+            raise UserError(f"Labels {_shortened(sorted(unknown))} are outside of the {len(names)} label_names.")
 
         with contextlib.redirect_stdout(io.StringIO()):
             truth = _make_coco(references, labels, _reference_annotations)
@@ -156,7 +158,7 @@ def check_max_detections(max_detections: Sequence[int]) -> tuple[int, ...]:
     """`max_detections` as a tuple, or a `ValueError` if the numbers are not positive and ascending."""
     numbers = tuple(int(number) for number in max_detections)
     if not numbers or numbers[0] < 1 or any(low >= high for low, high in itertools.pairwise(numbers)):
-        raise ValueError(f"max_detections must be ascending positive integers such as (1, 10, 100), got {numbers}.")
+        raise UserError(f"max_detections must be ascending positive integers such as (1, 10, 100), got {numbers}.")
     return numbers
 
 
@@ -164,7 +166,7 @@ def check_area_boundaries(area_boundaries: Sequence[float]) -> tuple[float, floa
     """`area_boundaries` as a tuple, or a `ValueError` if they are not two ascending areas."""
     areas = tuple(float(area) for area in area_boundaries)
     if len(areas) != 2 or not 0 < areas[0] < areas[1] < float("inf"):
-        raise ValueError(f"area_boundaries must be two ascending areas in pixels^2, got {area_boundaries}.")
+        raise UserError(f"area_boundaries must be two ascending areas in pixels^2, got {area_boundaries}.")
     return areas
 
 
@@ -177,7 +179,7 @@ def areas_of_sizes(size_boundaries: Sequence[float]) -> tuple[float, float]:
     sides = tuple(float(side) for side in size_boundaries)
     if len(sides) != 2 or not 0 < sides[0] < sides[1] < float("inf"):
         given = " ".join(str(side) for side in size_boundaries)
-        raise ValueError(f"size_boundaries must be two ascending sides in pixels such as 32 96, got {given}.")
+        raise UserError(f"size_boundaries must be two ascending sides in pixels such as 32 96, got {given}.")
     return check_area_boundaries([side**2 for side in sides])
 
 
@@ -195,7 +197,7 @@ def _list_of(feature):
 def _complete(record: dict, required: tuple[str, ...]) -> dict:
     missing = [key for key in required if key not in record]
     if missing:
-        raise ValueError(f"{', '.join(missing)} missing in a record with {sorted(record)}; needed: {required}.")
+        raise UserError(f"{', '.join(missing)} missing in a record with {sorted(record)}; needed: {required}.")
     keys = required if required is _PREDICTION else (*required, "area", "iscrowd")
     return {key: record.get(key) for key in keys}
 
@@ -211,10 +213,10 @@ def _check_image_ids(predictions: list[dict], references: list[dict]) -> None:
         ids[role] = [record["image_id"] for record in records]
         if len(set(ids[role])) != len(ids[role]):
             twice = sorted({image_id for image_id in ids[role] if ids[role].count(image_id) > 1})
-            raise ValueError(f"{role} hold some images more than once, image_id {_shortened(twice)}.")
+            raise UserError(f"{role} hold some images more than once, image_id {_shortened(twice)}.")
     if set(ids["predictions"]) != set(ids["references"]):
         odd = sorted(set(ids["predictions"]) ^ set(ids["references"]))
-        raise ValueError(f"Each image needs its predictions and its references, image_id {_shortened(odd)} lack one.")
+        raise UserError(f"Each image needs its predictions and its references, image_id {_shortened(odd)} lack one.")
 
 
 def _shortened(values: list) -> str:

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..data import DetectionData, DetectionDataset, same_size_batches
 from ..data.records import is_main_process
+from ..errors import UserError
 from ..machine import choose_precision, make_accelerator
 from .coco_metric import (
     COCO_AREA_BOUNDARIES,
@@ -105,9 +106,9 @@ def evaluate_detector(
     """
     start = time.perf_counter()
     if len(data.dataset) == 0:
-        raise ValueError(f"{data.name} holds no images to evaluate.")
+        raise UserError(f"{data.name} holds no images to evaluate.")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
     max_detections = check_max_detections(max_detections)
     area_boundaries = check_area_boundaries(area_boundaries)
     accelerator = accelerator or make_accelerator()
@@ -182,14 +183,14 @@ def align_labels(id2label: Mapping[int, str], label_names: Sequence[str]) -> np.
                 f"({_listing(label_names)}); taking label 0 for label 0, and so on."
             )
             return np.arange(len(label_names))
-        raise ValueError(
+        raise UserError(
             f"No class of the model is in the data. The model's {len(model_names)}: {_listing(model_names.values())}. "
             f"The data's {len(label_names)}: {_listing(label_names)}. Correct id2label in the model's config.json, or "
             "evaluate on data with its classes."
         )
     if len(set(matched.tolist())) < len(matched):
         twice = sorted({label_names[label] for label in matched if (matched == label).sum() > 1})
-        raise ValueError(f"Several classes of the model have the same name: {_listing(twice)}.")
+        raise UserError(f"Several classes of the model have the same name: {_listing(twice)}.")
     unknown = [name for label, name in enumerate(label_names) if label not in matched]
     if unknown:
         _warn_once(f"{len(unknown)} classes of the data are not among the model's: {_listing(unknown)}.")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data import DetectionData, load_detection_data
+from ..errors import UserError
 from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
 from ..saved_models import load_detector, require_model_source
@@ -180,10 +181,10 @@ def prepare_evaluation(
         predictions or output_file.with_name(f"{output_file.stem}_predictions.json")
     )
     if output_file.resolve() == predictions_file.resolve():
-        raise ValueError(f"{output} cannot hold both the metrics and the predictions; give two names.")
+        raise UserError(f"{output} cannot hold both the metrics and the predictions; give two names.")
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if options.get(name, least) < least:
-            raise ValueError(f"{name} must be at least {least}, got {options[name]}.")
+            raise UserError(f"{name} must be at least {least}, got {options[name]}.")
     check_max_detections(options.get("max_detections", COCO_MAX_DETECTIONS))
     area_boundaries = areas_of_sizes(size_boundaries)
     accelerator = make_accelerator(device)

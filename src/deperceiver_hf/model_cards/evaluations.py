@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..benchmarks.report import markdown_table
+from ..errors import UserError
 from .tables import plural
 
 # Key in an evaluation, name in a card.
@@ -53,7 +54,7 @@ class Evaluation:
 
 
 def read_evaluation(path: str | os.PathLike) -> Evaluation:
-    """Read the JSON file that `scripts/evaluate.py` writes.
+    """Read the JSON file that `deperceiver evaluate` writes.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -67,17 +68,17 @@ def read_evaluation(path: str | os.PathLike) -> Evaluation:
         dataset, split, num_images = content["dataset"], content["split"], content["num_images"]
         found = {key: content["metrics"][key] for key in METRIC_NAMES if key in content["metrics"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a report of scripts/evaluate.py ({type(error).__name__}: {error})."
+        raise UserError(
+            f"{path} is not a report of `deperceiver evaluate` ({type(error).__name__}: {error})."
         ) from error
     metrics = {}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not (value == -1 or 0 <= value <= 1):
-            raise ValueError(f"{path} has {key} = {value!r}; a fraction of 1 is expected, or -1 for nothing to find.")
+            raise UserError(f"{path} has {key} = {value!r}; a fraction of 1 is expected, or -1 for nothing to find.")
         if value != -1:
             metrics[key] = float(value)
     if not metrics:
-        raise ValueError(f"{path} has none of {', '.join(METRIC_NAMES)}: nothing was measured.")
+        raise UserError(f"{path} has none of {', '.join(METRIC_NAMES)}: nothing was measured.")
     return Evaluation(metrics, _dataset_name(dataset), str(split), int(num_images), content.get("date"))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from ..benchmarks.variants import SCALES, deperceiver_v2_variant, deperceiver_variant
+from ..errors import UserError
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..output_files import atomic_path, write_json
@@ -69,7 +70,7 @@ def write_model_cards(
 
     Args:
         output_dir: Directory of the cards.
-        evaluations: Files of `scripts/evaluate.py` by the keys of [`CARDS`] (`stride16`, `v2-base`, ...).
+        evaluations: Files of `deperceiver evaluate` by the keys of [`CARDS`] (`stride16`, `v2-base`, ...).
 
     Returns:
         The cards' files.
@@ -82,7 +83,7 @@ def write_model_cards(
     evaluations = evaluations or {}
     unknown = sorted(evaluations.keys() - CARDS.keys())
     if unknown:
-        raise ValueError(f"there is no configuration {', '.join(unknown)}; choose from {', '.join(CARDS)}.")
+        raise UserError(f"there is no configuration {', '.join(unknown)}; choose from {', '.join(CARDS)}.")
     measured = _read_measured(output_dir / MEASURED_FILE)
     for key, path in evaluations.items():
         new = read_evaluation(path)
@@ -110,4 +111,4 @@ def _read_measured(path: Path) -> dict[str, list[Evaluation]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {key: [Evaluation(**fields) for fields in records] for key, records in content.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not what an earlier call has kept ({error}). Delete it.") from error
+        raise UserError(f"{path} is not what an earlier call has kept ({error}). Delete it.") from error

@@ -14,6 +14,7 @@ import PIL.Image
 import PIL.ImageDraw
 from datasets import Dataset
 
+from ...errors import UserError
 from ..annotations import AnnotationList, as_integer, image_path_column, record_columns
 from ..records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 from .context import (
@@ -66,27 +67,27 @@ class SyntheticScenes:
             sizes = SMALL_SCENE_SIZES if small else LARGE_SCENE_SIZES
             object.__setattr__(self, "object_sizes", tuple((p, min(a, limit), min(b, limit)) for p, a, b in sizes))
         if self.image_size < 32:
-            raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size}")
+            raise UserError(f"image_size must be at least 32 pixels, got {self.image_size}")
         if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+            raise UserError(f"seed must be at least 0, got {self.seed}")
         if self.context not in (0, 1):
-            raise ValueError(f"context must be 0 or 1, got {self.context}")
+            raise UserError(f"context must be 0 or 1, got {self.context}")
         if self.context and self.image_size < MIN_CONTEXT_IMAGE_SIZE:
-            raise ValueError(
+            raise UserError(
                 f"context scenes need an image_size of at least {MIN_CONTEXT_IMAGE_SIZE} pixels, got {self.image_size}"
             )
         if not 0 <= self.min_objects <= self.max_objects:
-            raise ValueError(
+            raise UserError(
                 f"0 <= min_objects <= max_objects is needed, got {self.min_objects} and {self.max_objects}"
             )
         for share, low, high in self.object_sizes:
             if share < 0 or not 4 <= low <= high <= 0.9 * self.image_size:
-                raise ValueError(
+                raise UserError(
                     f"object_sizes must be (share >= 0, least side >= 4, greatest side <= 90 % of {self.image_size} "
                     f"pixels), got {(share, low, high)}"
                 )
         if sum(share for share, _, _ in self.object_sizes) <= 0:
-            raise ValueError(f"the shares of object_sizes must not all be 0, got {self.object_sizes}")
+            raise UserError(f"the shares of object_sizes must not all be 0, got {self.object_sizes}")
 
     @property
     def label_names(self) -> list[str]:
@@ -116,7 +117,7 @@ class SyntheticScenes:
             if shape is not None:
                 shapes.append(shape)
         if len(shapes) < self.min_objects:
-            raise ValueError(
+            raise UserError(
                 f"Only {len(shapes)} of {count} objects found room in scene {index} of {self.image_size} pixels. "
                 "Ask for fewer or smaller objects, or a larger image."
             )
@@ -214,7 +215,7 @@ def load_synthetic(dataset: str, split: str, *, max_samples: int | None = None, 
     options = dict(**_named_options(dataset), **options)
     count = options.pop("num_samples", DEFAULT_NUM_SAMPLES[canonical])
     if count < 1:
-        raise ValueError(f"num_samples must be at least 1, got {count}")
+        raise UserError(f"num_samples must be at least 1, got {count}")
     count = count if max_samples is None else min(count, max_samples)
     return _build(SyntheticScenes(**options), count, canonical)
 
@@ -226,7 +227,7 @@ def _named_options(dataset: str) -> dict[str, int]:
         name, _, text = option.partition("=")
         value = as_integer(text)
         if name not in NAMED_OPTIONS or name in options or value is None:
-            raise ValueError(
+            raise UserError(
                 f"{dataset!r}: {option!r} is none of the options of synthetic scenes, or is given twice. They are "
                 f"{', '.join(f'{known}=INTEGER' for known in NAMED_OPTIONS)}, separated by commas only."
             )
