@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deperceiver_hf.configuration_deperceiver_v2 import PRESETS
 
 from deperceiver_hf import DePerceiverV2Config, DePerceiverV2ForObjectDetection
+from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
 from golden import FIXTURES, golden_weight
 
 NUMBERS_FILE = FIXTURES / "numbers_v2.json"

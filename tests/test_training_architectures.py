@@ -12,9 +12,14 @@ import deperceiver_hf
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.evaluation.evaluator import evaluate_detector
 from deperceiver_hf.saved_models import load_detector
-from deperceiver_hf.training import ARCHITECTURES, DetectionTrainer, build_image_processor, build_model
+from deperceiver_hf.training import (
+    ARCHITECTURES,
+    DetectionTrainer,
+    TrainingOptions,
+    build_image_processor,
+    build_model,
+)
 from deperceiver_hf.training.architectures import deformable_detr
-from deperceiver_hf.training.arguments import ARCHITECTURE_NAMES, ONLY_NEW_MODEL, TAKEN_BY
 from deperceiver_hf.training.building import backbone_parameters, pretrained_backbone_name
 from training_runs import TINY_ARCHITECTURES, read_log, tiny_options
 
@@ -45,9 +50,12 @@ def targets():
 
 
 def test_every_architecture_is_known_by_its_model_type():
-    assert tuple(ARCHITECTURES) == ARCHITECTURE_NAMES == tuple(TINY_ARCHITECTURES)
+    assert tuple(ARCHITECTURES) == tuple(TINY_ARCHITECTURES)
     assert all(kind.model_class.config_class.model_type == name for name, kind in ARCHITECTURES.items())
-    assert {name for takers in TAKEN_BY.values() for name in takers} <= {*ARCHITECTURES}
+    named = {name for facts in TrainingOptions.facts().values() for name in facts.of or ()}
+    assert named <= {*ARCHITECTURES}
+    with pytest.raises(ValueError, match="--architecture detr2: choose from deperceiver, "):
+        TrainingOptions(architecture="detr2")
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -141,6 +149,10 @@ def test_fine_tuning_with_other_classes(tmp_path, architecture):
     model = build_model(options, ["one", "two"])
     assert type(model) is type(saved)
     assert (model.config.num_labels, model.config.num_queries) == (2, 20)
+    build_model(tiny_options(tmp_path, {"model": source, "architecture": architecture}), NAMES)
+    other = "detr" if architecture != "detr" else "d_fine"
+    with pytest.raises(ValueError, match=f"is a {architecture}, not --architecture {other}"):
+        build_model(tiny_options(tmp_path, {"model": source, "architecture": other}), NAMES)
     before, after = saved.state_dict(), model.state_dict()
     fresh = {name for name in before.keys() & after.keys() if before[name].shape != after[name].shape}
     assert fresh
@@ -378,6 +390,7 @@ def test_width_that_deformable_detr_cannot_have_is_refused(tmp_path):
         make("deformable_detr", tmp_path, hidden_dim=48)
 
 
-def test_options_of_new_models_are_options():
-    known = set(tiny_options("unused").__dataclass_fields__)
-    assert {*ONLY_NEW_MODEL, *(name for names in TAKEN_BY for name in names)} <= known
+def test_harmless_options_may_change_when_a_run_is_resumed():
+    facts = TrainingOptions.facts().values()
+    assert all(each.resume_may_change for each in facts if each.harmless)
+    assert not any(each.resume_may_change for each in facts if each.new_model_only)

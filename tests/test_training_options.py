@@ -16,8 +16,6 @@ from deperceiver_hf.training import (
     TrainingOptions,
     build_image_processor,
     build_model,
-    deperceiver_config,
-    detr_config,
     parse_arguments,
 )
 from deperceiver_hf.training.architectures import ARCHITECTURES
@@ -78,7 +76,7 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("flags", CONFIGURATIONS)
 def test_flags_reach_the_configuration(flags):
-    config = deperceiver_config(parse_arguments(flags.split()), NAMES)
+    config = ARCHITECTURES["deperceiver"].make_config(parse_arguments(flags.split()), NAMES)
     expected = CONFIGURATIONS[flags]
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -89,7 +87,7 @@ def test_flags_reach_the_configuration_of_detr():
         "--hidden_dim 32 --nheads 4 --dropout 0.3 --num_queries 9 --position_embedding learned "
         "--set_cost_class 3 --bbox_loss_coef 6 --eos_coef 0.3"
     )
-    config = detr_config(parse_arguments(flags.split()), NAMES)
+    config = ARCHITECTURES["detr"].make_config(parse_arguments(flags.split()), NAMES)
     expected = {
         **{"encoder_layers": 2, "decoder_layers": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32},
         **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.3, "num_queries": 9},

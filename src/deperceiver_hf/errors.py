@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that end a command in one line, without a traceback: the user's, and failures of the work itself."""
 
+import contextlib
+from collections.abc import Iterator
+
 from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, StrictDataclassError
 from safetensors import SafetensorError
 
@@ -20,6 +23,15 @@ FOREIGN_USER_ERRORS = (
     *(OSError, ValueError, ImportError),  # the last: something optional is not installed
     *(StrictDataclassError, SafetensorError, SafetensorsParsingError, NotASafetensorsRepoError, HTTPError),
 )
+
+
+@contextlib.contextmanager
+def refused_fields_as_user_errors() -> Iterator[None]:
+    """Within, a field of an impossible type or value in a configuration raises a `UserError` of one line."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def is_user_error(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 """What is compared: models, seeds, budgets, learning rates, and the training options that all models share."""
 
 import argparse
-import dataclasses
 import re
 import shlex
 import sys
@@ -13,7 +12,8 @@ from typing import Any
 
 from ..errors import UserError
 from ..training import TrainingOptions
-from ..training.arguments import ModelOptions, make_parser
+from ..training.architectures import ModelOptions
+from ..training.arguments import make_parser
 
 DEFAULT_LR = 1e-4
 MANY_EPOCHS = 1_000_000  # more than steps or time allow
@@ -21,21 +21,11 @@ NAME_PATTERN = re.compile(r"\w[\w.+-]*")
 
 # Options of a training run that the comparison decides, and what is given instead.
 DECIDED_HERE = {
-    "architecture": "name it in --models",
-    "model": "write model=... in --models",
-    "lr": "give --lrs, or lr=... in --models",
-    "seed": "give --seeds",
-    "epochs": "give --steps or --minutes",
-    "max_steps": "give --steps",
-    "max_minutes": "give --minutes",
-    "run_name": "runs have the names of the models",
-    "resume": "runs are resumed by themselves",
-    "overwrite_output_dir": "delete the directory, or take another one",
-    "save_top_k": "only the last model of a run is kept",
+    name: facts.comparison_hint for name, facts in TrainingOptions.facts().items() if facts.comparison_hint is not None
 }
-MODEL_FIELDS = {f.name for f in dataclasses.fields(ModelOptions)} - {"architecture"}
+MODEL_FIELDS = {*ModelOptions.facts()} - {"architecture"}
 RATE_FIELDS = {"lr", "lr_backbone"}
-TRAINING_FIELDS = {f.name for f in dataclasses.fields(TrainingOptions)}
+TRAINING_FIELDS = {*TrainingOptions.facts()}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from ..machine import describe_machine
 from ..output_files import require_writable_directory, write_json
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
 from ..training.run_directory import RunDirectory
-from .arguments import TRAINING_FIELDS, ComparisonOptions, ModelSpec
+from .arguments import DECIDED_HERE, ComparisonOptions, ModelSpec
 from .plot import draw_curves
 from .report import ComparisonReport, make_report
 from .results import FAILURE_FILE, RUN_FILE, read_run
@@ -42,11 +42,7 @@ from .results import FAILURE_FILE, RUN_FILE, read_run
 logger = get_logger(__name__)
 
 COMPARISON_FILE = "comparison.json"
-# Options that change nothing in what a run computes or how fast.
-HARMLESS = {
-    *("output_dir", "overwrite_output_dir", "resume", "run_name", "project", "report_to", "log_every"),
-    *("save_every", "checkpointing_steps"),
-}
+HARMLESS = {name for name, facts in TrainingOptions.facts().items() if facts.harmless}
 
 
 def run_comparison(options: ComparisonOptions) -> ComparisonReport:
@@ -85,13 +81,13 @@ def run_comparison(options: ComparisonOptions) -> ComparisonReport:
 
 def _claim(options: ComparisonOptions) -> int:
     """Record what the runs in the output directory have in common, and return the seed of the search."""
-    defaults = {
-        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        for f in dataclasses.fields(TrainingOptions)
-        if f.name in TRAINING_FIELDS - HARMLESS
+    shared = {
+        name: options.shared.get(name, default)
+        for name, default in TrainingOptions.defaults().items()
+        if name not in HARMLESS and name not in DECIDED_HERE
     }
     common = {
-        "options": {name: options.shared.get(name, default) for name, default in defaults.items()},
+        "options": shared,
         **{name: getattr(options, name) for name in ("lrs", "search_minutes", "search_steps")},
     }
     common = json.loads(json.dumps(common))
@@ -100,7 +96,9 @@ def _claim(options: ComparisonOptions) -> int:
     if path.exists() and not all(_has_failed(directory) for directory in begun):
         old = json.loads(path.read_text(encoding="utf-8"))
         seed = old.pop("search_seed")
-        old_options, new_options = old.pop("options"), common.pop("options")
+        # Earlier versions wrote the defaults of options that a comparison decides, too.
+        old_options = {name: value for name, value in old.pop("options").items() if name not in DECIDED_HERE}
+        new_options = common.pop("options")
         _require_same(options.output_dir, {**old, **old_options}, {**common, **new_options})
         return seed
     write_json(path, {**common, "search_seed": options.seeds[0]})

@@ -2,11 +2,11 @@
 """Training of a detector: options, model building, the loop, checkpoints and logs."""
 
 from .architectures import ARCHITECTURES
-from .architectures.deperceiver import deperceiver_config
-from .architectures.detr import DetrForObjectDetection, detr_config
+from .architectures.detr import DetrForObjectDetection
 from .arguments import TrainingOptions, parse_arguments
 from .building import build_image_processor, build_model
-from .trainer import DetectionTrainer, NonFiniteLossError, TrainingResult
+from .reporting import TrainingResult
+from .trainer import DetectionTrainer, NonFiniteLossError
 
 __all__ = [
     "ARCHITECTURES",
@@ -17,7 +17,5 @@ __all__ = [
     "TrainingResult",
     "build_image_processor",
     "build_model",
-    "deperceiver_config",
-    "detr_config",
     "parse_arguments",
 ]

@@ -4,14 +4,14 @@
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
+from ..errors import refused_fields_as_user_errors
 from ..saved_models import require_model_source
 from .architectures import ARCHITECTURES
 from .architectures.architecture import as_declared, label_fields
+from .architectures.options import DEFAULT_IMAGE_SIZE
 from .arguments import TrainingOptions
-from .image_size import DEFAULT_SIZE, training_size
 
 TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -31,7 +31,7 @@ def build_model(
         ValueError: The options describe no possible model.
         OSError: Weights or a saved model cannot be read.
     """
-    try:
+    with refused_fields_as_user_errors():
         if options.model is not None:
             model = _load_model(options, label_names)
         else:
@@ -39,9 +39,7 @@ def build_model(
             config = architecture.make_config(options, label_names)
             weights = pretrained_backbone_name(options, config) if load_pretrained_backbone else None
             model = architecture.create(config, options, weights)
-    except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    if options.lr_backbone == 0:
+    if options.freeze_backbone:
         for parameter in backbone_parameters(model).values():
             parameter.requires_grad_(False)
     if options.attn_implementation is not None:
@@ -60,8 +58,8 @@ def build_image_processor(options: TrainingOptions) -> Any:
     else:
         require_model_source(options.model)
         processor = AutoImageProcessor.from_pretrained(options.model)
-    size = DEFAULT_SIZE | {key: processor.size[key] for key in DEFAULT_SIZE if processor.size.get(key)}
-    processor.size = type(processor.size)(**training_size(options, size))
+    size = DEFAULT_IMAGE_SIZE | {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
+    processor.size = type(processor.size)(**options.image_size(size))
     return processor
 
 
@@ -99,6 +97,11 @@ def _load_model(options: TrainingOptions, label_names: list[str]) -> PreTrainedM
     if config.model_type not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
         raise ValueError(f"--model {options.model} is of type {config.model_type}; {known} can be trained.")
+    if options.architecture not in (None, config.model_type):
+        raise ValueError(
+            f"--model {options.model} is a {config.model_type}, not --architecture {options.architecture}; leave "
+            f"--architecture away."
+        )
     options.check_architecture(config.model_type)
     architecture = ARCHITECTURES[config.model_type]
     changed = as_declared(architecture.saved_fields(options, config), type(config)) | label_fields(label_names)

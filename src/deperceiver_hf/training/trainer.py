@@ -52,14 +52,6 @@ logger = get_logger(__name__)
 
 Result = TypeVar("Result")
 
-# Options that may change when a run is resumed; the others decide what it computes.
-CHANGEABLE_ON_RESUME = (
-    *("dataset", "output_dir", "overwrite_output_dir", "resume", "run_name", "project", "report_to", "log_every"),
-    *("amp", "use_bfloat", "mixed_precision"),  # what they lead to is compared
-    *("cache_images", "num_workers", "epochs", "max_steps", "max_minutes", "max_eval_samples"),
-    *("eval_every", "eval_steps", "size_boundaries", "save_top_k", "save_every", "checkpointing_steps"),
-)
-
 
 class NonFiniteLossError(FloatingPointError):
     """The loss or its gradient is infinite or not a number; the message names step and terms."""
@@ -172,9 +164,14 @@ class DetectionTrainer:
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same in a resumed run, as JSON gives it back."""
-        options = dataclasses.asdict(self.options)
-        for name in CHANGEABLE_ON_RESUME:
-            del options[name]
+        facts = self.options.facts()
+        options = {
+            name: value
+            for name, value in dataclasses.asdict(self.options).items()
+            if not facts[name].resume_may_change
+        }
+        if self.options.model is not None:  # it has its architecture, whether that is named or not
+            del options["architecture"]
         data = {"training images": len(self.dataset), "classes": self.train_data.label_names}
         if is_synthetic(self.options.dataset):  # a directory may have moved, scenes are what their name says
             data["scenes"] = self.options.dataset

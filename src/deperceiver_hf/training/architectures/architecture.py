@@ -1,51 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training room knows of an architecture, and how options become a configuration."""
+"""What is known of an architecture, and how options become a configuration."""
 
 import dataclasses
 import difflib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..arguments import TrainingOptions
+from ...backbone_weights import create_model
+from ...errors import refused_fields_as_user_errors
+from .options import ModelOptions
 
 LABEL_FIELDS = ("id2label", "label2id")
+# Of a backbone that starts from random weights: batch normalisation works and the early layers learn.
+LEARNING_BACKBONE = {"freeze_batch_norm": False, "frozen_backbone_stages": -1}
 
 
-@dataclass(frozen=True)
 class Architecture:
-    """One kind of model that can be trained.
+    """One kind of model that can be trained: a subclass for each, with defaults for models of this package.
 
     Attributes:
         model_class: Class that is trained. `forward(pixel_values, pixel_mask, labels)` returns `loss` and `loss_dict`,
             a dictionary of scalars for the log.
         image_processor_class: Processor that is saved with a new model; its `post_process_object_detection` reads the
             model's outputs.
-        make_config: Configuration of a new model from the options and the names of the classes. Options that are not
-            given keep the configuration's own defaults.
-        create: A new model of a configuration, given the options and the name of the backbone's weights (`None`:
-            leave the backbone random).
-        saved_fields: Fields of a saved model's configuration that the options change.
-        prepare_saved: What is to be done to a saved model before it is trained on.
     """
 
-    model_class: type[PreTrainedModel]
-    image_processor_class: type
-    make_config: Callable[[TrainingOptions, list[str]], PreTrainedConfig]
-    create: Callable[[PreTrainedConfig, TrainingOptions, str | None], PreTrainedModel]
-    saved_fields: Callable[[TrainingOptions, PreTrainedConfig], dict[str, Any]]
-    prepare_saved: Callable[[PreTrainedModel], None] = lambda model: None
+    model_class: ClassVar[type[PreTrainedModel]]
+    image_processor_class: ClassVar[type]
+
+    @property
+    def name(self) -> str:
+        """The `model_type` of its configurations, which is also its name for the user."""
+        return self.model_class.config_class.model_type
+
+    def make_config(self, options: ModelOptions, label_names: list[str]) -> PreTrainedConfig:
+        """Configuration of a new model; options that are not given keep the configuration's own defaults.
+
+        Args:
+            options: Of this architecture.
+            label_names: Names of the classes, by label.
+
+        Raises:
+            ValueError: The options describe no possible model.
+        """
+        raise NotImplementedError
+
+    def create(self, config: PreTrainedConfig, options: ModelOptions, weights: str | None) -> PreTrainedModel:
+        """A new model, ready to be trained.
+
+        Args:
+            config: From `make_config`.
+            options: The same as there.
+            weights: Name of the backbone's weights; `None` leaves it random.
+        """
+        return self.model_class(config) if weights is None else create_model(config, weights)
+
+    def saved_fields(self, options: ModelOptions, config: PreTrainedConfig) -> dict[str, Any]:
+        """Fields of a saved model's configuration `config` that the options change."""
+        return common_fields(options)
+
+    def prepare_saved(self, model: PreTrainedModel) -> None:
+        """Do what is to be done to a saved model before it is trained on."""
 
 
 def new_config(
     config_class: type[PreTrainedConfig],
     fields: dict[str, Any],
-    options: TrainingOptions,
+    options: ModelOptions,
     label_names: list[str],
     make: Callable[..., PreTrainedConfig] | None = None,
 ) -> PreTrainedConfig:
@@ -63,10 +88,8 @@ def new_config(
     """
     given = {name: value for name, value in fields.items() if value is not None}
     given |= parse_config_fields(options.config or [], config_class)
-    try:
+    with refused_fields_as_user_errors():
         return (make or config_class)(**as_declared(given, config_class), **label_fields(label_names))
-    except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def parse_config_fields(settings: list[str], config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -98,7 +121,7 @@ def as_declared(fields: dict[str, Any], config_class: type[PreTrainedConfig]) ->
     return {name: _as_kind_of(annotations.get(name), value) for name, value in fields.items()}
 
 
-def common_fields(options: TrainingOptions) -> dict[str, Any]:
+def common_fields(options: ModelOptions) -> dict[str, Any]:
     """Fields that the configurations of DETR's family have by the same names, as far as options give them."""
     fields = {
         "num_queries": options.num_queries,

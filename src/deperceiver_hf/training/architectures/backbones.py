@@ -14,8 +14,23 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 from ...backbone_weights import load_backbone_weights
 from ...models.backbone_deperceiver import backbone_stage
 from ...models.configuration_backbone_deperceiver import timm_out_indices
+from .architecture import Architecture
+from .options import ModelOptions
 
 DEFAULT_BACKBONE = "resnet50"
+
+
+class TransformersArchitecture(Architecture):
+    """One of transformers' own detectors, on a timm backbone."""
+
+    def create(self, config: PreTrainedConfig, options: ModelOptions, weights: str | None) -> PreTrainedModel:
+        model = self.model_class(config)
+        self.prepare_new(model, options)
+        fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
+        return model
+
+    def prepare_new(self, model: PreTrainedModel, options: ModelOptions) -> None:
+        """Start a new model, but for its backbone, as its authors did where transformers does not."""
 
 
 def timm_backbone_config(name: str | None, strides: list[int], dilation: bool = False) -> PreTrainedConfig:

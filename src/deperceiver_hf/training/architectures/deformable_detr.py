@@ -10,10 +10,10 @@ from torch import distributed, nn
 from transformers import DeformableDetrConfig
 
 from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
-from ..arguments import TrainingOptions
-from .architecture import Architecture, common_fields, new_config, scalars
-from .backbones import fill_backbone, freeze_early_stages, keep_boxes_in_float32, timm_backbone_config
-from .own_loss import OwnLossInFloat32
+from .architecture import common_fields, new_config, scalars
+from .backbones import TransformersArchitecture, freeze_early_stages, keep_boxes_in_float32, timm_backbone_config
+from .float32_loss import OwnLossInFloat32
+from .options import ModelOptions
 
 FEEDFORWARD_RATIO = 4  # hidden width of an MLP, relative to the model's
 NORM_GROUPS = 32  # of the group norms behind the backbone
@@ -53,41 +53,42 @@ class DeformableDetrForObjectDetection(OwnLossInFloat32, transformers.Deformable
         return outputs
 
 
-def deformable_detr_config(options: TrainingOptions, label_names: list[str]) -> DeformableDetrConfig:
-    """Configuration of a new Deformable DETR with iterative box refinement, on the maps of strides 8, 16, 32 and 64.
+class DeformableDetrArchitecture(TransformersArchitecture):
+    model_class = DeformableDetrForObjectDetection
+    image_processor_class = DePerceiverV2ImageProcessor
 
-    The last map is a convolution of the one before, as in the paper. The two-stage variant is left out: transformers
-    has no loss for its first stage.
-    """
-    hidden_dim = options.hidden_dim
-    if hidden_dim is not None and hidden_dim % NORM_GROUPS:
-        raise ValueError(f"--hidden_dim {hidden_dim}: a deformable_detr needs a multiple of {NORM_GROUPS}.")
-    feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
-    fields = {
-        "backbone_config": timm_backbone_config(options.backbone, [8, 16, 32]),
-        "with_box_refine": True,
-        "auxiliary_loss": not options.no_aux_loss,
-        "position_embedding_type": options.position_embedding,
-        "d_model": hidden_dim,
-        "encoder_layers": options.enc_layers,
-        "decoder_layers": options.dec_layers,
-        "encoder_ffn_dim": feedforward,
-        "decoder_ffn_dim": feedforward,
-        "encoder_attention_heads": options.nheads,
-        "decoder_attention_heads": options.nheads,
-        "class_cost": CLASSIFICATION_WEIGHT,
-        **common_fields(options),
-    }
-    return new_config(DeformableDetrConfig, fields, options, label_names)
+    def make_config(self, options: ModelOptions, label_names: list[str]) -> DeformableDetrConfig:
+        """The model has iterative box refinement, and reads the maps of strides 8, 16, 32 and 64.
 
+        The last map is a convolution of the one before, as in the paper. The two-stage variant is left out:
+        transformers has no loss for its first stage.
+        """
+        hidden_dim = options.hidden_dim
+        if hidden_dim is not None and hidden_dim % NORM_GROUPS:
+            raise ValueError(f"--hidden_dim {hidden_dim}: a deformable_detr needs a multiple of {NORM_GROUPS}.")
+        feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
+        fields = {
+            "backbone_config": timm_backbone_config(options.backbone, [8, 16, 32]),
+            "with_box_refine": True,
+            "auxiliary_loss": not options.no_aux_loss,
+            "position_embedding_type": options.position_embedding,
+            "d_model": hidden_dim,
+            "encoder_layers": options.enc_layers,
+            "decoder_layers": options.dec_layers,
+            "encoder_ffn_dim": feedforward,
+            "decoder_ffn_dim": feedforward,
+            "encoder_attention_heads": options.nheads,
+            "decoder_attention_heads": options.nheads,
+            "class_cost": CLASSIFICATION_WEIGHT,
+            **common_fields(options),
+        }
+        return new_config(DeformableDetrConfig, fields, options, label_names)
 
-def _create(
-    config: DeformableDetrConfig, options: TrainingOptions, weights: str | None
-) -> DeformableDetrForObjectDetection:
-    model = DeformableDetrForObjectDetection(config)
-    _start_heads_as_authors(model)
-    fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
-    return model
+    def prepare_new(self, model: DeformableDetrForObjectDetection, options: ModelOptions) -> None:
+        _start_heads_as_authors(model)
+
+    def prepare_saved(self, model: DeformableDetrForObjectDetection) -> None:
+        freeze_early_stages(model.model.backbone)
 
 
 @torch.no_grad()
@@ -109,17 +110,3 @@ def _correction(num_objects: int, device: torch.device) -> torch.Tensor | float:
     distributed.all_reduce(mean)
     mean /= distributed.get_world_size()
     return (mean / distributed.get_world_size()).clamp(min=1) / mean.clamp(min=1)
-
-
-def _saved_fields(options: TrainingOptions, config: DeformableDetrConfig) -> dict[str, Any]:
-    return common_fields(options)
-
-
-DEFORMABLE_DETR = Architecture(
-    model_class=DeformableDetrForObjectDetection,
-    image_processor_class=DePerceiverV2ImageProcessor,
-    make_config=deformable_detr_config,
-    create=_create,
-    saved_fields=_saved_fields,
-    prepare_saved=lambda model: freeze_early_stages(model.model.backbone),
-)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """DETR (Carion et al. 2020, "End-to-End Object Detection with Transformers") trained by the recipe of DePerceiver."""
 
-from typing import Any
-
 import torch
 import transformers
 from transformers import DetrConfig
@@ -10,9 +8,9 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 from ...models.image_processing_deperceiver import DePerceiverImageProcessor
 from ...models.loss_deperceiver import set_prediction_loss
-from ..arguments import TrainingOptions
-from .architecture import Architecture, common_fields, new_config
-from .backbones import compute_in_float32, fill_backbone, freeze_early_stages, timm_backbone_config
+from .architecture import common_fields, new_config
+from .backbones import TransformersArchitecture, compute_in_float32, freeze_early_stages, timm_backbone_config
+from .options import ModelOptions
 
 
 class DetrForObjectDetection(transformers.DetrForObjectDetection):
@@ -59,42 +57,31 @@ class DetrForObjectDetection(transformers.DetrForObjectDetection):
         )
 
 
-def detr_config(options: TrainingOptions, label_names: list[str]) -> DetrConfig:
-    """Configuration of a new DETR that reads the feature map of `--downsample_factor` of the same backbone."""
-    stride = options.downsample_factor or 32
-    if options.dilation and stride != 32:
-        raise ValueError(f"--dilation changes the stage of stride 32, which --downsample_factor {stride} leaves out.")
-    fields = {
-        "backbone_config": timm_backbone_config(options.backbone, [stride], options.dilation),
-        "dilation": options.dilation,
-        "position_embedding_type": options.position_embedding,
-        "d_model": options.hidden_dim,
-        "encoder_layers": options.enc_layers,
-        "decoder_layers": options.dec_layers,
-        "encoder_ffn_dim": options.dim_feedforward,
-        "decoder_ffn_dim": options.dim_feedforward,
-        "encoder_attention_heads": options.nheads,
-        "decoder_attention_heads": options.nheads,
-        **common_fields(options),
-    }
-    return new_config(DetrConfig, fields, options, label_names)
+class DetrArchitecture(TransformersArchitecture):
+    model_class = DetrForObjectDetection
+    image_processor_class = DePerceiverImageProcessor
 
+    def make_config(self, options: ModelOptions, label_names: list[str]) -> DetrConfig:
+        """The model reads the feature map of `--downsample_factor` of the same backbone."""
+        stride = options.downsample_factor or 32
+        if options.dilation and stride != 32:
+            raise ValueError(
+                f"--dilation changes the stage of stride 32, which --downsample_factor {stride} leaves out."
+            )
+        fields = {
+            "backbone_config": timm_backbone_config(options.backbone, [stride], options.dilation),
+            "dilation": options.dilation,
+            "position_embedding_type": options.position_embedding,
+            "d_model": options.hidden_dim,
+            "encoder_layers": options.enc_layers,
+            "decoder_layers": options.dec_layers,
+            "encoder_ffn_dim": options.dim_feedforward,
+            "decoder_ffn_dim": options.dim_feedforward,
+            "encoder_attention_heads": options.nheads,
+            "decoder_attention_heads": options.nheads,
+            **common_fields(options),
+        }
+        return new_config(DetrConfig, fields, options, label_names)
 
-def _create(config: DetrConfig, options: TrainingOptions, weights: str | None) -> DetrForObjectDetection:
-    model = DetrForObjectDetection(config)
-    model.use_auxiliary_loss = not options.no_aux_loss
-    fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
-    return model
-
-
-def _saved_fields(options: TrainingOptions, config: DetrConfig) -> dict[str, Any]:
-    return common_fields(options)
-
-
-DETR = Architecture(
-    model_class=DetrForObjectDetection,
-    image_processor_class=DePerceiverImageProcessor,
-    make_config=detr_config,
-    create=_create,
-    saved_fields=_saved_fields,
-)
+    def prepare_new(self, model: DetrForObjectDetection, options: ModelOptions) -> None:
+        model.use_auxiliary_loss = not options.no_aux_loss

@@ -8,10 +8,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..arguments import TrainingOptions
-from .architecture import scalars
-from .backbones import feature_channels, fill_backbone, keep_boxes_in_float32, timm_backbone_config
-from .own_loss import OwnLossInFloat32
+from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
+from .architecture import new_config, scalars
+from .backbones import (
+    TransformersArchitecture,
+    feature_channels,
+    freeze_saved_backbone,
+    keep_boxes_in_float32,
+    timm_backbone_config,
+)
+from .float32_loss import OwnLossInFloat32
+from .options import ModelOptions
 
 STRIDES = [8, 16, 32]
 SAME_SPREAD = 0.25  # relative difference up to which weights count as drawn with transformers' standard deviation
@@ -72,29 +79,54 @@ class HybridEncoderDetector(OwnLossInFloat32):
             )
 
 
-def hybrid_encoder_fields(options: TrainingOptions) -> dict[str, Any]:
-    """Fields of a new model's configuration, the same for both architectures; `None` where nothing is given."""
-    hidden_dim = options.hidden_dim
-    feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
-    backbone_config = timm_backbone_config(options.backbone, STRIDES)
-    return {
-        "backbone_config": backbone_config,
-        "freeze_backbone_batch_norms": not options.no_pretrained_backbone,
-        "encoder_in_channels": feature_channels(backbone_config),
-        "encoder_hidden_dim": hidden_dim,
-        "decoder_in_channels": hidden_dim and [hidden_dim] * len(STRIDES),
-        "d_model": hidden_dim,
-        "encoder_layers": options.enc_layers,
-        "decoder_layers": options.dec_layers,
-        "encoder_ffn_dim": feedforward,
-        "decoder_ffn_dim": feedforward,
-        "encoder_attention_heads": options.nheads,
-        "decoder_attention_heads": options.nheads,
-        **hybrid_encoder_saved_fields(options),
-    }
+class HybridEncoderArchitecture(TransformersArchitecture):
+    """RT-DETRv2 or D-FINE, on the maps of strides 8, 16 and 32 of the same backbone."""
+
+    image_processor_class = DePerceiverV2ImageProcessor
+
+    def make_config(self, options: ModelOptions, label_names: list[str]) -> PreTrainedConfig:
+        hidden_dim = options.hidden_dim
+        feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
+        backbone_config = timm_backbone_config(options.backbone, STRIDES)
+        fields = {
+            "backbone_config": backbone_config,
+            "freeze_backbone_batch_norms": not options.no_pretrained_backbone,
+            "encoder_in_channels": feature_channels(backbone_config),
+            "encoder_hidden_dim": hidden_dim,
+            "decoder_in_channels": hidden_dim and [hidden_dim] * len(STRIDES),
+            "d_model": hidden_dim,
+            "encoder_layers": options.enc_layers,
+            "decoder_layers": options.dec_layers,
+            "encoder_ffn_dim": feedforward,
+            "decoder_ffn_dim": feedforward,
+            "encoder_attention_heads": options.nheads,
+            "decoder_attention_heads": options.nheads,
+            **_fields_of_any_model(options),
+        }
+        return new_config(self.model_class.config_class, fields, options, label_names)
+
+    def saved_fields(self, options: ModelOptions, config: PreTrainedConfig) -> dict[str, Any]:
+        return _fields_of_any_model(options)
+
+    def prepare_saved(self, model: PreTrainedModel) -> None:
+        freeze_saved_backbone(model)
+
+    def prepare_new(self, model: PreTrainedModel, options: ModelOptions) -> None:
+        """Start batch norms as the identity, and layers of no special start as torch's own.
+
+        transformers draws the weights of both, and the scales of RT-DETRv2's norms, close to 0.
+        """
+        for name, module in model.named_modules():
+            if "backbone" in name.split("."):
+                continue
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.Linear | nn.Conv2d) and _starts_as_any(module.weight, model.config):
+                module.reset_parameters()
+        _start_heads(model, model.config)
 
 
-def hybrid_encoder_saved_fields(options: TrainingOptions, config: PreTrainedConfig | None = None) -> dict[str, Any]:
+def _fields_of_any_model(options: ModelOptions) -> dict[str, Any]:
     """Fields that may differ from those of a saved model, as far as options give them."""
     fields = {
         "num_queries": options.num_queries,
@@ -106,24 +138,6 @@ def hybrid_encoder_saved_fields(options: TrainingOptions, config: PreTrainedConf
         "weight_loss_giou": options.giou_loss_coef,
     }
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def create_hybrid_encoder_detector(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, options: TrainingOptions, weights: str | None
-) -> PreTrainedModel:
-    """A new model that starts as in the authors' code: batch norms as the identity, and layers of no special start as
-    torch's own. transformers draws the weights of both, and the scales of RT-DETRv2's norms, close to 0."""
-    model = model_class(config)
-    for name, module in model.named_modules():
-        if "backbone" in name.split("."):
-            continue
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, nn.Linear | nn.Conv2d) and _starts_as_any(module.weight, config):
-            module.reset_parameters()
-    _start_heads(model, config)
-    fill_backbone(model, weights, from_scratch=options.no_pretrained_backbone)
-    return model
 
 
 def _starts_as_any(weight: torch.Tensor, config: PreTrainedConfig) -> bool:
