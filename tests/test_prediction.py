@@ -2,6 +2,7 @@
 """Detection on image files, and the pictures of it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProces
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.drawing import Boxes, contact_sheet_rows, draw_boxes, draw_contact_sheet
 from deperceiver_hf.prediction import find_images, picture_names, prepare_prediction
+from deperceiver_hf.saved_models import load_detector
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "predict.py"
 NAMES = ["cat", "dog", "bird"]
@@ -213,6 +215,15 @@ def test_drawing_without_supervision_says_what_to_install(model_directory, pictu
     with pytest.raises(ImportError, match=r"pip install deperceiver-hf\[drawing\]"):
         run(model_directory, [pictures], tmp_path / "out")
     run(model_directory, [pictures / "a" / "0.png"], tmp_path / "out", draw=False)
+
+
+@pytest.mark.parametrize(("name", "content"), [("config.json", "{torn"), ("model.safetensors", "torn")])
+def test_damaged_files_of_a_model_are_named(model_directory, tmp_path, name, content):
+    directory = tmp_path / "damaged"
+    shutil.copytree(model_directory, directory)
+    (directory / name).write_text(content)
+    with pytest.raises((OSError, ValueError), match=r"Cannot load a detector from .*damaged"):
+        load_detector(str(directory))
 
 
 def test_command_exit_codes(model_directory, pictures, tmp_path):

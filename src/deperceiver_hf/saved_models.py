@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 
 from .errors import UserError
@@ -25,8 +26,9 @@ def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
     try:
         processor = AutoImageProcessor.from_pretrained(source)
         model, report = AutoModelForObjectDetection.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise type(error)(f"Cannot load a detector from {source}: {_first_sentences(error)}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        kind = OSError if isinstance(error, OSError) else UserError
+        raise kind(f"Cannot load a detector from {source}: {_first_sentences(error)}") from error
     # transformers only warns of them and leaves random numbers in their place.
     lacking = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if lacking:
