@@ -50,7 +50,6 @@ def tiny_v2_config(**overrides) -> DePerceiverV2Config:
         "d_model": 24,
         "num_attention_heads": 2,
         "num_queries": 9,
-        "num_context_latents": 3,
         "decoder_layers": 2,
         "widening_factor": 2,
         "num_denoising_queries": 12,

@@ -73,7 +73,6 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
     d, heads, logits, widening = config.d_model, config.num_attention_heads, config.num_labels, config.widening_factor
     levels, blocks, n = len(tokens), config.decoder_layers, sum(tokens)
     queries = min(config.num_queries, n)
-    latents = queries + config.num_context_latents
     key_channels = d // heads + 6 + levels
     features, value_features = heads * (6 + levels + -key_channels % 8), heads * 8
     places = queries * heads * (4 + levels)
@@ -82,19 +81,19 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
     adapter = 2 * d * sum(cells * width for cells, width in zip(tokens, channels, strict=True))
     selection = 2 * n * d**2 + 2 * n * d * logits + 2 * queries * d**2 + boxes
     key_values = 4 * n * d**2 * (1 if config.share_key_values else blocks)
-    attending = 8 * latents * d**2 + 4 * latents**2 * d
-    reading = 4 * latents * d**2 + 2 * places * d
-    reading += 2 * latents * n * (2 * d + features + value_features) + 4 * queries * heads * d
-    thinking = 4 * widening * latents * d**2
+    attending = 8 * queries * d**2 + 4 * queries**2 * d
+    reading = 4 * queries * d**2 + 2 * places * d
+    reading += 2 * queries * n * (2 * d + features + value_features) + 4 * queries * heads * d
+    thinking = 4 * widening * queries * d**2
     block = 6 * queries * d**2 + attending + reading + thinking + boxes + 2 * queries * d * logits
     flops = adapter + selection + key_values + blocks * block
 
-    weights = blocks * heads * (latents**2 + latents * n)
+    weights = blocks * heads * (queries**2 + queries * n)
     box_outputs = queries * (2 * d + 4)
     made = n * d + n * (d + logits) + queries * d + box_outputs
     made += 2 * n * d * (1 if config.share_key_values else blocks)
-    made += blocks * (2 * queries * d + 5 * latents * d + 3 * latents * d + places + (widening + 1) * latents * d)
-    made += blocks * (latents * value_features + queries * d + box_outputs + queries * logits)
+    made += blocks * (10 * queries * d + places + (widening + 1) * queries * d)
+    made += blocks * (queries * value_features + queries * d + box_outputs + queries * logits)
     return flops, made + weights, weights
 
 
@@ -120,7 +119,6 @@ def test_counts_of_v2_are_those_made_by_hand(preset, channels, share_key_values)
     ("preset", "overrides"),
     [
         *((preset, {}) for preset in PRESETS),
-        ("nano", {"num_context_latents": 8}),
         ("nano", {"share_key_values": True}),
     ],
 )

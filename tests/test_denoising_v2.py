@@ -10,7 +10,7 @@ from deperceiver_hf.models.matching_deperceiver import center_to_corners, pad_ta
 from test_loss import random_labels
 from test_modeling_v2 import trained_losses
 
-UNSEEN = ("logits", "pred_boxes", "selection_logits", "selection_boxes", "context_last_hidden_state")
+UNSEEN = ("logits", "pred_boxes", "selection_logits", "selection_boxes")
 
 
 def queries_of(labels: list[dict[str, torch.Tensor]], **fields) -> DenoisingQueries:
@@ -113,9 +113,7 @@ def test_who_may_attend_to_whom():
     [
         {},
         {"query_selection": False},
-        {"num_context_latents": 0},
         {"share_key_values": True},
-        {"box_refinement": False},
         {"position_bias": False},
     ],
 )
@@ -149,7 +147,7 @@ def test_groups_do_not_see_each_other(images):
             part = slice(6 * group, 6 * group + 6)
             alone = trunk(images, denoising=DenoisingQueries(*(values[:, part] for values in both[:3]), 1))
             for name in ("denoising_hidden_states", "denoising_boxes"):
-                torch.testing.assert_close(together[name][:, :, part], alone[name], rtol=0, atol=1e-5)
+                torch.testing.assert_close(together[name][:, :, part], alone[name], rtol=0, atol=5e-5)
 
 
 def test_what_a_denoising_query_sees_is_the_image(images):
@@ -204,9 +202,7 @@ VARIANTS = {
     "learned": {"query_selection": False},
     "no_position_bias": {"position_bias": False},
     "no_offsets": {"read_offsets": False},
-    "no_context": {"num_context_latents": 0},
     "shared": {"share_key_values": True},
-    "no_refinement": {"box_refinement": False},
     "no_denoising": {"num_denoising_queries": 0},
     "single": {"feature_strides": 16},
     "focal": {"classification_loss": "focal"},

@@ -274,22 +274,6 @@ def test_no_object_anywhere(kind):
     assert blocks.logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("queries", [20, 6])
-def test_selection_of_several_matches_is_that_of_repeated_objects(queries):
-    """One to many for the selection, normalised by as many boxes; one to one for the blocks."""
-    blocks, selection = random_predictions(stages=2), random_predictions(queries=queries, seed=8)
-    labels = random_labels([2, 0, 3])
-    repeated = [{name: torch.cat([values] * 3) for name, values in target.items()} for target in labels]
-    _, once = loss_of(blocks, labels, selection=selection)
-    _, thrice = loss_of(blocks, labels, tiny_v2_config(selection_matches=3), selection)
-    _, expected = loss_of(selection, repeated)
-    for name in ("loss_class", "loss_bbox", "loss_giou"):
-        torch.testing.assert_close(thrice[f"{name}_selection"], expected[name])
-        assert thrice[f"{name}_selection"] != once[f"{name}_selection"]
-        assert thrice[name] == once[name]
-        assert thrice[f"{name}_0"] == once[f"{name}_0"]
-
-
 # --- errors and precision
 
 

@@ -25,9 +25,7 @@ VARIANTS = {
     "learned": {"query_selection": False},
     "no_position_bias": {"position_bias": False},
     "no_offsets": {"read_offsets": False},
-    "no_context": {"num_context_latents": 0},
     "shared": {"share_key_values": True},
-    "no_refinement": {"box_refinement": False},
     "one_block": {"decoder_layers": 1},
     "no_denoising": {"num_denoising_queries": 0},
     "focal": {"classification_loss": "focal"},
@@ -63,8 +61,6 @@ def test_output_shapes(variant, images, labels):
     assert torch.equal(outputs.intermediate_boxes[:, -1], outputs.pred_boxes)
     # What does not begin with the images cannot be taken apart by `pipeline`.
     assert all(len(value) == 2 for value in outputs.values() if isinstance(value, torch.Tensor) and value.ndim)
-    context = config.num_context_latents
-    assert outputs.context_last_hidden_state.shape == (2, context, 24)
     assert outputs.query_mask is None
     if config.query_selection:
         assert outputs.selection_logits.shape == (2, 9, 5)
@@ -74,9 +70,9 @@ def test_output_shapes(variant, images, labels):
     assert auxiliary == [((2, 9, 5), (2, 9, 4))] * (layers - 1)
     strides = [16 if config.dilation and stride == 32 else stride for stride in config.feature_strides]
     tokens = sum((64 // stride) * (96 // stride) for stride in strides)
-    assert [states.shape for states in outputs.hidden_states] == [(2, 9 + context, 24)] * (layers + 1)
-    assert [weights.shape for weights in outputs.attentions] == [(2, 2, 9 + context, 9 + context)] * layers
-    assert [weights.shape for weights in outputs.cross_attentions] == [(2, 2, 9 + context, tokens)] * layers
+    assert [states.shape for states in outputs.hidden_states] == [(2, 9, 24)] * (layers + 1)
+    assert [weights.shape for weights in outputs.attentions] == [(2, 2, 9, 9)] * layers
+    assert [weights.shape for weights in outputs.cross_attentions] == [(2, 2, 9, tokens)] * layers
     for weights in (*outputs.attentions, *outputs.cross_attentions):
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
 
@@ -86,7 +82,7 @@ def test_latents_in_training_are_denoising_queries_too(images, labels):
     assert outputs.logits.shape == (2, 9, 5)
     assert outputs.intermediate_boxes.shape == (2, 2, 9, 4)
     # Room for 12 gives two groups of a positive and a negative copy of three objects.
-    assert [states.shape for states in outputs.hidden_states] == [(2, 12 + 9 + 3, 24)] * 3
+    assert [states.shape for states in outputs.hidden_states] == [(2, 12 + 9, 24)] * 3
     assert not any(name.startswith("denoising_") for name in outputs)
 
 
@@ -158,7 +154,7 @@ def test_sdpa_equals_eager(variant, training, images, labels):
         with torch.no_grad():
             torch.manual_seed(3)
             results[implementation] = model.train(training)(padded, mask, labels=labels)
-    for name in ("loss", "logits", "pred_boxes", "context_last_hidden_state"):
+    for name in ("loss", "logits", "pred_boxes"):
         torch.testing.assert_close(results["eager"][name], results["sdpa"][name], rtol=1e-5, atol=2e-5)
 
 
@@ -201,8 +197,8 @@ def test_only_what_the_mask_calls_real_is_read(images, position_bias, mask_paddi
         weights = weights.unflatten(-1, (8, 12))
         assert (weights[..., 4:, :] == 0).all()
         assert (weights[..., 6:] == 0).all()
-        # Every object latent reads near its box, context latents everywhere.
-        assert (weights[:, :, -3:, :4, :6] > 0).all()
+        if not position_bias:  # everything is read from everywhere
+            assert (weights[..., :4, :6] > 0).all()
     assert outputs.query_mask.all()
 
 
@@ -238,7 +234,6 @@ def compare_alone_and_beside(model, image, target, size=(107, 130)):
         "learned",
         "no_position_bias",
         "no_offsets",
-        "no_context",
         "shared",
     ],
 )
@@ -341,10 +336,8 @@ def test_misshapen_inputs_are_refused(pixel_values, pixel_mask, message):
         ({"d_model": 20, "num_attention_heads": 3}, "num_attention_heads"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_queries": 0}, "num_queries"),
-        ({"num_context_latents": -1}, "num_context_latents"),
         ({"decoder_layers": 0}, "decoder_layers"),
         ({"widening_factor": 0}, "widening_factor"),
-        ({"selection_matches": 0}, "selection_matches"),
         ({"num_denoising_queries": -1}, "num_denoising_queries"),
         ({"dropout": 1.0}, "dropout"),
         ({"attention_dropout": -0.1}, "attention_dropout"),
@@ -390,6 +383,21 @@ def test_configuration_round_trips(variant, tmp_path):
     ours, theirs = ({**c.to_dict(), "auto_map": None, "_name_or_path": None} for c in (config, reloaded))
     assert ours == theirs
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "deperceiver_v2"
+
+
+def test_fields_of_version_0_2_0_are_read_where_they_change_nothing(tmp_path):
+    tiny_v2_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    old = {"num_context_latents": 0, "box_refinement": True, "selection_matches": 1}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **old}))
+    reloaded = AutoConfig.from_pretrained(tmp_path)
+    assert not old.keys() & reloaded.to_dict().keys()
+
+
+@pytest.mark.parametrize("fields", [{"num_context_latents": 8}, {"box_refinement": False}, {"selection_matches": 3}])
+def test_fields_of_version_0_2_0_are_refused_where_they_would_build_another_model(fields):
+    with pytest.raises(ValueError, match=f"`{next(iter(fields))}` no longer exists"):
+        tiny_v2_config(**fields)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -521,7 +529,7 @@ def test_labels_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("variant", ["default", "stride4", "learned", "no_position_bias", "shared", "no_context"])
+@pytest.mark.parametrize("variant", ["default", "stride4", "learned", "no_position_bias", "shared"])
 def test_half_precision(variant, dtype, tmp_path, images):
     model = tiny_v2_model(**VARIANTS[variant], num_queries=100)
     model.save_pretrained(tmp_path)
@@ -564,7 +572,7 @@ def test_loading_on_meta_and_device_map(tmp_path, images):
         torch.testing.assert_close(mapped(images).logits.cpu(), model(images).logits)
 
 
-@pytest.mark.parametrize("variant", ["default", "learned", "shared", "no_context"])
+@pytest.mark.parametrize("variant", ["default", "learned", "shared"])
 def test_offloading_splits_at_the_named_modules(variant, images):
     from accelerate import cpu_offload
 
@@ -576,7 +584,7 @@ def test_offloading_splits_at_the_named_modules(variant, images):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["default", "learned", "shared", "no_context"])
+@pytest.mark.parametrize("variant", ["default", "learned", "shared"])
 def test_gradient_checkpointing_gives_equal_gradients(variant, use_reentrant, images, labels):
     plain, checkpointed = tiny_v2_model(**VARIANTS[variant]), tiny_v2_model(**VARIANTS[variant])
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

@@ -98,7 +98,7 @@ ARCHITECTURES = {
         DePerceiverV2ForObjectDetection,
         DePerceiverV2ImageProcessor,
         DePerceiverV2ImageProcessorPil,
-        {"d_model": 32, "num_attention_heads": 2, "decoder_layers": 1, "num_context_latents": 2},
+        {"d_model": 32, "num_attention_heads": 2, "decoder_layers": 1},
         # Everything that the files import from their siblings: what both share, and nothing of the first's own.
         V1_MODEL_FILES
         - {"configuration_deperceiver.py", "modeling_deperceiver.py", "layers_deperceiver.py", "loss_deperceiver.py"}

@@ -22,25 +22,25 @@ N occurs in the first two rows only, and not squared: what follows the backbone 
 slope 2 C D + 4 D L + 4 M L. DETR's encoder has N^2 in every layer (4 N^2 D for scores and sum).
 
 DePerceiver v2 by hand, with N = N_1 + N_2 + ... tokens made from C_1, C_2, ... channels of G feature maps, Q object
-latents and M latents in all, H heads with F position features of each key (6 + G in float32, and as many zeros as make
-D / H + F a multiple of 8) and E = 8 of each value (0 without `read_offsets`), K class logits, widening factor W:
+latents, H heads with F position features of each key (6 + G in float32, and as many zeros as make D / H + F a multiple
+of 8) and E = 8 of each value (0 without `read_offsets`), K class logits, widening factor W:
 
     1x1 convolutions to tokens     2 D (N_1 C_1 + N_2 C_2 + ...)
     selection                      2 N D^2 + 2 N D K (tokens) + 2 Q D^2 (content) + 4 Q D^2 + 8 Q D (boxes)
     in every block:
       keys and values              4 N D^2 (once for all blocks if they share them)
       positions of the boxes       6 Q D^2
-      self-attention               8 M D^2 (four projections) + 4 M^2 D (scores, sum)
-      latents read the tokens      4 M D^2 (queries, output) + 2 Q D H (4 + G) (where they look)
-                                   + 2 M N (D + H F) (scores) + 2 M N (D + H E) (sum)
+      self-attention               8 Q D^2 (four projections) + 4 Q^2 D (scores, sum)
+      latents read the tokens      4 Q D^2 (queries, output) + 2 Q D H (4 + G) (where they look)
+                                   + 2 Q N (D + H F) (scores) + 2 Q N (D + H E) (sum)
                                    + 4 Q H D (where they have read, with `read_offsets`)
-      MLP                          4 W M D^2
+      MLP                          4 W Q D^2
       heads                        4 Q D^2 + 8 Q D (boxes) + 2 Q D K (classes)
 
 The number of latents does not depend on the image, so again all is affine in the N_i; nothing has N^2.
 
 Activations are the elements that these matrix products and convolutions put out, the usual count, and with attention
-computed plainly, so that its weights (M N for DePerceiver, H M N per block for v2, heads N^2 per encoder layer for
+computed plainly, so that its weights (M N for DePerceiver, H Q N per block for v2, heads N^2 per encoder layer for
 DETR) are among them. They are also given alone: fused attention kernels do not store them.
 
 Peak memory is what is alive at once when a plain forward pass without gradients runs, operation by operation.

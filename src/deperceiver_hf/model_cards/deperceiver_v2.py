@@ -190,7 +190,6 @@ def _describe_architecture(config: DePerceiverV2Config) -> dict[str, str]:
     """The parts of the model in words."""
     heads = plural(config.num_attention_heads, "head")
     origin = "picked from the tokens by a class head" if config.query_selection else "learned"
-    first_boxes = "the box before" if config.box_refinement else "the first box"
     around = ", each around a place of its own near the box" if config.position_bias else ""
     told = "; the latent is told where they have read" if config.read_offsets else ""
     keys = "once for all blocks" if config.share_key_values else "by each block"
@@ -199,11 +198,10 @@ def _describe_architecture(config: DePerceiverV2Config) -> dict[str, str]:
         "backbone": describe_backbone(config),
         "tokens": f"{config.d_model} channels, by a 1x1 convolution and a norm for each feature map",
         "object latents": f"{config.num_queries}, {origin}",
-        **({"context latents": f"{config.num_context_latents}, without a box"} if config.num_context_latents else {}),
         "blocks": f"{config.decoder_layers}, of self-attention, reading of the tokens and MLP",
         "reading": f"{heads}{around}{told}; keys and values computed {keys}",
         "MLP": f"{config.widening_factor * config.d_model:,} hidden channels",
-        "boxes": f"predicted by each block, relative to {first_boxes}",
+        "boxes": "predicted by each block, relative to the box before",
         "classes": f"{config.num_labels}, by a sigmoid each",
         "loss": f"{LOSSES[config.classification_loss]}; L1 and generalised IoU; after every block",
         "denoising": noise if config.num_denoising_queries else "none",

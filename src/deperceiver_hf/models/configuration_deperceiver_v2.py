@@ -30,6 +30,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of the architecture, as fields that differ from the defaults of [`DePerceiverV2Config`]."""
 
+REMOVED_FIELDS = {"num_context_latents": 0, "box_refinement": True, "selection_matches": 1}
+"""Fields of configurations saved by version 0.2.0 that exist no more, with the only value that can still be built."""
+
 
 @auto_docstring(checkpoint="deperceiver-hf/deperceiver-v2-base")
 @strict
@@ -62,9 +65,6 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Heads of every attention.
     num_queries (`int`, *optional*, defaults to 300):
         Number of object latents: the most objects that can be found in an image.
-    num_context_latents (`int`, *optional*, defaults to 0):
-        Number of latents without a box, which read the whole image and which the object latents attend to. They did
-        not pay in our measurements.
     decoder_layers (`int`, *optional*, defaults to 6):
         Number of blocks, each a self-attention among the latents, a reading of the tokens and an MLP.
     widening_factor (`int`, *optional*, defaults to 4):
@@ -75,15 +75,10 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Dropout on the attention weights, in [0, 1).
     query_selection (`bool`, *optional*, defaults to `True`):
         Pick the object latents and their first boxes from the tokens of the image; `False` learns both.
-    selection_matches (`int`, *optional*, defaults to 1):
-        How many of the selected tokens are to become the same object in the loss of the selection. The blocks, which
-        see each other, then leave it to one of them.
     position_bias (`bool`, *optional*, defaults to `True`):
         Let each head of an object latent look around a place of its own near the box.
     read_offsets (`bool`, *optional*, defaults to `True`):
         Tell each object latent where, relative to its box, each head has read.
-    box_refinement (`bool`, *optional*, defaults to `True`):
-        Each block predicts its boxes relative to those of the block before; `False`: relative to the first boxes.
     share_key_values (`bool`, *optional*, defaults to `False`):
         Compute keys and values of the tokens once for all blocks instead of once for each.
     num_denoising_queries (`int`, *optional*, defaults to 100):
@@ -134,7 +129,6 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         "last_hidden_state",
         "intermediate_hidden_states",
         "intermediate_boxes",
-        "context_last_hidden_state",
         "selection_logits",
         "selection_boxes",
         "query_mask",
@@ -151,16 +145,13 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     d_model: int = 256
     num_attention_heads: int = 8
     num_queries: int = 300
-    num_context_latents: int = 0
     decoder_layers: int = 6
     widening_factor: int = 4
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     query_selection: bool = True
-    selection_matches: int = 1
     position_bias: bool = True
     read_offsets: bool = True
-    box_refinement: bool = True
     share_key_values: bool = False
     num_denoising_queries: int = 100
     label_noise_ratio: float | int = 0.25
@@ -176,6 +167,16 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     bbox_loss_coefficient: float | int = 5
     giou_loss_coefficient: float | int = 2
     init_std: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        for name, built in REMOVED_FIELDS.items():
+            value = kwargs.pop(name, built)
+            if value != built:
+                raise ValueError(
+                    f"`{name}` no longer exists: models are built as with {built!r}, but this configuration has "
+                    f"{value!r}. Version 0.2.0 of deperceiver_hf can build such a model."
+                )
+        super().__post_init__(**kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DePerceiverV2Config":
@@ -202,18 +203,10 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
 
     def check_architecture(self) -> None:
         super().check_architecture()
-        self.require_at_least(
-            1,
-            "d_model",
-            "num_attention_heads",
-            "num_queries",
-            "decoder_layers",
-            "widening_factor",
-            "selection_matches",
-        )
+        self.require_at_least(1, "d_model", "num_attention_heads", "num_queries", "decoder_layers", "widening_factor")
         self.require_at_least(
             0,
-            *("num_context_latents", "num_denoising_queries", "box_noise_scale", "focal_gamma", "mal_gamma"),
+            *("num_denoising_queries", "box_noise_scale", "focal_gamma", "mal_gamma"),
             *("class_cost", "bbox_cost", "giou_cost"),
             *("class_loss_coefficient", "bbox_loss_coefficient", "giou_loss_coefficient"),
         )

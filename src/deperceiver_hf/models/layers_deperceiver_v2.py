@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of DePerceiver v2: the latents attend to each other, then read the tokens, each from where it looks.
 
-Shapes: B images, N tokens, M latents (of which Q have a box), D channels, H heads, L levels, F position features.
+Shapes: B images, N tokens, M latents, D channels, H heads, L levels, F position features.
 """
 
 import math
@@ -135,7 +135,7 @@ class DePerceiverV2Float32Linear(nn.Linear):
 
 
 class DePerceiverV2PositionBias(nn.Module):
-    """Predicts from each object latent where its heads look (relatives: SMCA, Gao et al. 2021,
+    """Predicts from each latent where its heads look (relatives: SMCA, Gao et al. 2021,
     https://arxiv.org/abs/2101.07448; Conditional DETR, Meng et al. 2021, https://arxiv.org/abs/2108.06152).
 
     At first the heads look at points of a circle around the centre of the box.
@@ -158,12 +158,12 @@ class DePerceiverV2PositionBias(nn.Module):
     def forward(self, latents: torch.Tensor, boxes: torch.Tensor, geometry: TokenGeometry) -> PositionBias:
         """
         Args:
-            latents (`torch.Tensor` of shape `(B, Q, D)`): Object latents.
-            boxes (`torch.Tensor` of shape `(B, Q, 4)`): Their boxes, in [0, 1] of the un-padded image, float32.
+            latents (`torch.Tensor` of shape `(B, M, D)`): Latents.
+            boxes (`torch.Tensor` of shape `(B, M, 4)`): Their boxes, in [0, 1] of the un-padded image, float32.
             geometry (`TokenGeometry`): Unit of the result.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            predicted = rearrange(self.predictor(latents), "b q (h f) -> b h q f", h=self.num_heads)
+            predicted = rearrange(self.predictor(latents), "b m (h f) -> b h m f", h=self.num_heads)
             offset, log_scale, levels = predicted.split((2, 2, self.num_levels), dim=-1)
             center, half_side = boxes[:, None, :, :2], boxes[:, None, :, 2:] / 2
             sigmas = half_side * log_scale.clamp(-4, 4).exp() + MIN_SIGMA
@@ -188,19 +188,19 @@ def read_offsets(waves: torch.Tensor, boxes: torch.Tensor, geometry: TokenGeomet
     rounding of half precision wherever in the image the box is.
 
     Args:
-        waves (`torch.Tensor` of shape `(B, Q, H, 8)`): Means of `wave_features`.
-        boxes (`torch.Tensor` of shape `(B, Q, 4)`): In [0, 1] of the un-padded image.
+        waves (`torch.Tensor` of shape `(B, M, H, 8)`): Means of `wave_features`.
+        boxes (`torch.Tensor` of shape `(B, M, 4)`): In [0, 1] of the un-padded image.
         geometry (`TokenGeometry`): Of the tokens.
 
     Returns:
-        `torch.Tensor` of shape `(B, Q, H, 2)`, float32: x and y, at most [`LARGEST_OFFSET`].
+        `torch.Tensor` of shape `(B, M, H, 2)`, float32: x and y, at most [`LARGEST_OFFSET`].
     """
     size, origin = geometry.grid_size[:, None, None], geometry.grid_origin[:, None, None]
-    center = boxes[:, :, None, None, :2] * size[..., None, :] - origin[..., None, :]  # (B, Q, 1, 1, 2)
-    half_side = (boxes[:, :, None, 2:] / 2 * size).clamp(min=0.5)  # (B, Q, 1, 2), at least half the unit
+    center = boxes[:, :, None, None, :2] * size[..., None, :] - origin[..., None, :]  # (B, M, 1, 1, 2)
+    half_side = (boxes[:, :, None, 2:] / 2 * size).clamp(min=0.5)  # (B, M, 1, 2), at least half the unit
     frequency = 2 * math.pi / torch.tensor(WAVELENGTHS, device=boxes.device)[:, None]  # (2, 1)
-    phase = center * frequency  # (B, Q, 1, 2, 2)
-    cosines, sines = waves.float().unflatten(-1, (2, 2, 2)).unbind(-3)  # (B, Q, H, 2 waves, 2 axes)
+    phase = center * frequency  # (B, M, 1, 2, 2)
+    cosines, sines = waves.float().unflatten(-1, (2, 2, 2)).unbind(-3)  # (B, M, H, 2 waves, 2 axes)
     distance = (sines * phase.cos() - cosines * phase.sin()) / frequency
     fine, coarse = distance.unbind(-2)
     offset = torch.where(half_side <= LARGEST_FINE_BOX, fine, coarse) / half_side
@@ -239,9 +239,9 @@ class DePerceiverV2CrossAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            latents (`torch.Tensor` of shape `(B, M, D)`): Object latents, then context latents.
+            latents (`torch.Tensor` of shape `(B, M, D)`): What reads.
             positions (`torch.Tensor` of shape `(B, M, D)`): Added to them.
-            boxes (`torch.Tensor` of shape `(B, Q, 4)`): Of the object latents.
+            boxes (`torch.Tensor` of shape `(B, M, 4)`): Those of the latents.
             key, value (`torch.Tensor` of shapes `(B, H, N, D / H + F)` and `(B, H, N, D / H (+ 8))`): Of the tokens,
                 from [`DePerceiverV2KeyValues`].
             geometry (`TokenGeometry`): Of the tokens.
@@ -253,15 +253,11 @@ class DePerceiverV2CrossAttention(nn.Module):
             self.q_proj(latents + positions) * self.scaling, "b m (h d) -> b h m d", h=self.num_heads
         ).to(key.dtype)
         num_features = key.shape[-1] - query.shape[-1]
-        # Whoever has no place of its own sees everything but the padding.
-        features = query.new_zeros(*query.shape[:-1], num_features)
-        features[..., 0] = 1
-        num_objects = boxes.shape[1]
-        if self.position_bias is not None:
-            bias = self.position_bias(latents[:, :num_objects], boxes, geometry)
-            placed = bias.query_features(key.dtype)
-            placed = nn.functional.pad(placed, (0, num_features - placed.shape[-1]))
-            features = torch.cat((placed, features[:, :, num_objects:]), dim=2)
+        if self.position_bias is None:  # everything is seen but the padding
+            features = nn.functional.pad(torch.ones_like(query[..., :1]), (0, num_features - 1))
+        else:
+            features = self.position_bias(latents, boxes, geometry).query_features(key.dtype)
+            features = nn.functional.pad(features, (0, num_features - features.shape[-1]))
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         width = value.shape[-1]
@@ -280,9 +276,8 @@ class DePerceiverV2CrossAttention(nn.Module):
         channels = query.shape[-1]
         read = self.o_proj(rearrange(output[..., :channels], "b m h d -> b m (h d)"))
         if self.offset_proj is not None:
-            waves = output[:, :num_objects, :, channels:width]
-            moved = self.offset_proj(read_offsets(waves, boxes, geometry).flatten(2).to(read.dtype))
-            read = torch.cat((read[:, :num_objects] + moved, read[:, num_objects:]), dim=1)
+            offsets = read_offsets(output[..., channels:width], boxes, geometry)
+            read = read + self.offset_proj(offsets.flatten(2).to(read.dtype))
         return read, weights
 
 
@@ -373,9 +368,9 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """
         Args:
-            latents (`torch.Tensor` of shape `(B, M, D)`): Object latents, then context latents.
+            latents (`torch.Tensor` of shape `(B, M, D)`): What reads.
             positions (`torch.Tensor` of shape `(B, M, D)`): Added to queries and keys.
-            boxes (`torch.Tensor` of shape `(B, Q, 4)`): Of the object latents.
+            boxes (`torch.Tensor` of shape `(B, M, 4)`): Those of the latents.
             tokens, token_positions (`torch.Tensor` of shape `(B, N, D)`): What is read.
             geometry (`TokenGeometry`), features (`TokenFeatures`): Where the tokens are.
             key, value: Those of the tokens, if all blocks share them.
@@ -409,5 +404,5 @@ class DePerceiverV2BoxPosition(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def forward(self, boxes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Positions `(B, Q, D)` of boxes `(B, Q, 4)`."""
+        """Positions `(B, M, D)` of boxes `(B, M, 4)`."""
         return self.layers(self.sines.encode(boxes * 2 * math.pi).flatten(-2).to(dtype))

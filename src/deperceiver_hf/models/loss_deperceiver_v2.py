@@ -123,10 +123,7 @@ def detection_loss(
             loss_dict |= {name + suffix: value for suffix, value in zip(names, values.detach(), strict=True)}
         total = weighted_sum(terms, config)
         if selection is not None:
-            copies = config.selection_matches
-            terms, _ = _set_terms(
-                selection.float(), query_mask, repeat_targets(targets, copies), num_boxes * copies, config
-            )
+            terms, _ = _set_terms(selection.float(), query_mask, targets, num_boxes, config)
             loss_dict |= {f"{name}_selection": values.detach().sum() for name, values in terms.items()}
             total = total + weighted_sum(terms, config)
         if denoised is not None:
@@ -154,18 +151,6 @@ def weighted_sum(terms: Mapping[str, torch.Tensor], config: DePerceiverV2Config)
         + config.bbox_loss_coefficient * terms["loss_bbox"].sum()
         + config.giou_loss_coefficient * terms["loss_giou"].sum()
     )
-
-
-def repeat_targets(targets: DetectionTargets, copies: int) -> DetectionTargets:
-    """Every object so many times, for a matching of one to many (Jia et al. 2023, "H-DETR",
-    https://arxiv.org/abs/2207.13080)."""
-    if copies == 1:
-        return targets
-    labels = [
-        {"class_labels": class_labels[:size].repeat(copies), "boxes": boxes[:size].repeat(copies, 1)}
-        for class_labels, boxes, size in zip(*targets, strict=True)
-    ]
-    return pad_targets(labels, targets.boxes.device)
 
 
 def _set_terms(

@@ -2,14 +2,14 @@
 """DePerceiver v2: a Perceiver whose latents are the objects.
 
     image -> backbone -> tokens of several strides
-          -> the most promising tokens become object latents, each with a box; learned context latents may join
+          -> the most promising tokens become object latents, each with a box
           -> blocks: latents attend to each other, read all tokens (each head near the box), refine their boxes
 
 The first architecture reads the objects out of anonymous latents at the end, once; positions of small objects do not
 survive that. Here each latent is an object from the start and reads the high-resolution tokens again in every block.
 
-Shapes: B images, N tokens, Q object latents, K context latents, P denoising queries, C classes, D channels, L blocks.
-Everything that depends on N costs O(N), whatever Q and K are; nothing costs N^2.
+Shapes: B images, N tokens, Q object latents, P denoising queries, C classes, D channels, L blocks.
+Everything that depends on N costs O(N), whatever Q is; nothing costs N^2.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,6 @@ from .layers_deperceiver_v2 import (
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
 from .tokens_deperceiver_v2 import (
-    DePerceiverV2ContextLatents,
     DePerceiverV2InputAdapter,
     DePerceiverV2LearnedQueries,
     DePerceiverV2TokenSelector,
@@ -61,8 +60,6 @@ class DePerceiverV2ModelOutput(ModelOutput):
         Object latents after every block.
     intermediate_boxes (`torch.Tensor` of shape `(batch_size, layers, num_queries, 4)`):
         Boxes after every block, (center x, center y, width, height) in [0, 1] of the un-padded image.
-    context_last_hidden_state (`torch.Tensor` of shape `(batch_size, num_context_latents, d_model)`):
-        Context latents after the last block.
     selection_logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`, *optional*):
         Class logits of the tokens that the object latents were made from.
     selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
@@ -74,8 +71,7 @@ class DePerceiverV2ModelOutput(ModelOutput):
     denoising_boxes (`torch.Tensor` of shape `(batch_size, layers, num_denoising, 4)`, *optional*):
         Their boxes.
     hidden_states (`tuple(torch.Tensor)`, *optional*):
-        All latents before the first and after every block: denoising queries (in training), object latents, context
-        latents.
+        All latents before the first and after every block: denoising queries (in training), object latents.
     attentions (`tuple(torch.Tensor)`, *optional*):
         Weights of the self-attention among the latents, per block `(batch_size, num_attention_heads, num_latents,
         num_latents)`.
@@ -87,7 +83,6 @@ class DePerceiverV2ModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     intermediate_hidden_states: torch.Tensor | None = None
     intermediate_boxes: torch.Tensor | None = None
-    context_last_hidden_state: torch.Tensor | None = None
     selection_logits: torch.Tensor | None = None
     selection_boxes: torch.Tensor | None = None
     query_mask: torch.Tensor | None = None
@@ -120,8 +115,6 @@ class DePerceiverV2ObjectDetectionOutput(ModelOutput):
         Object latents after every block.
     intermediate_boxes (`torch.Tensor` of shape `(batch_size, layers, num_queries, 4)`):
         Boxes after every block.
-    context_last_hidden_state (`torch.Tensor` of shape `(batch_size, num_context_latents, d_model)`):
-        Context latents after the last block.
     selection_logits (`torch.Tensor` of shape `(batch_size, num_queries, num_labels)`, *optional*):
         Class logits of the tokens that the object latents were made from.
     selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
@@ -144,7 +137,6 @@ class DePerceiverV2ObjectDetectionOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     intermediate_hidden_states: torch.Tensor | None = None
     intermediate_boxes: torch.Tensor | None = None
-    context_last_hidden_state: torch.Tensor | None = None
     selection_logits: torch.Tensor | None = None
     selection_boxes: torch.Tensor | None = None
     query_mask: torch.Tensor | None = None
@@ -223,7 +215,6 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         self.queries = (
             DePerceiverV2TokenSelector(config) if config.query_selection else DePerceiverV2LearnedQueries(config)
         )
-        self.context_latents = DePerceiverV2ContextLatents(config) if config.num_context_latents else None
         self.denoising_classes = None
         if config.num_denoising_queries:
             self.denoising_classes = nn.Embedding(config.num_labels, config.d_model)
@@ -269,10 +260,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         features = token_features(tokens, geometry, self.config)
         selected = self.queries(tokens, geometry)
 
-        context = context_positions = tokens.new_zeros(tokens.shape[0], 0, tokens.shape[2])  # (B, K, D)
-        if self.context_latents is not None:
-            context, context_positions = self.context_latents(tokens)
-        latents = torch.cat((selected.content, context), dim=1)
+        latents = selected.content
         # Boxes of selected tokens learn from the loss of the selection, learned ones from that of the blocks.
         boxes = selected.boxes if selected.logits is None else selected.boxes.detach()
         self_attention_mask = None
@@ -282,13 +270,11 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             latents, boxes = torch.cat((denoised, latents), dim=1), torch.cat((denoising.boxes, boxes), dim=1)
         self_attention_mask = self._hide_latents(self_attention_mask, selected, denoising)
         key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, features)
-        num_boxes = boxes.shape[1]
         hidden_states, pred_boxes = [], []
         for layer, bbox_predictor in zip(self.layers, self.bbox_predictors, strict=True):
-            positions = torch.cat((self.box_position(boxes, latents.dtype), context_positions), dim=1)
             latents = layer(
                 latents,
-                positions,
+                self.box_position(boxes, latents.dtype),
                 boxes,
                 tokens,
                 token_positions,
@@ -299,15 +285,14 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
                 self_attention_mask,
                 **kwargs,
             )
-            states = self.norm(latents[:, :num_boxes])
+            states = self.norm(latents)
             refined = (bbox_predictor(states).float() + inverse_sigmoid(boxes)).sigmoid()
             hidden_states.append(states)
             pred_boxes.append(refined)
-            if self.config.box_refinement:
-                boxes = refined.detach()
+            boxes = refined.detach()
 
         num_denoising = 0 if denoising is None else denoising.mask.shape[1]
-        num_objects = num_boxes - num_denoising
+        num_objects = boxes.shape[1] - num_denoising
         # Images first: `pipeline` takes every output of a batch apart by its first dimension.
         denoised_states, states = torch.stack(hidden_states, dim=1).split((num_denoising, num_objects), dim=2)
         denoised_boxes, object_boxes = torch.stack(pred_boxes, dim=1).split((num_denoising, num_objects), dim=2)
@@ -315,7 +300,6 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             last_hidden_state=states[:, -1],
             intermediate_hidden_states=states,
             intermediate_boxes=object_boxes,
-            context_last_hidden_state=self.norm(latents[:, num_boxes:]),
             selection_logits=selected.logits,
             selection_boxes=selected.boxes,
             query_mask=selected.mask,
@@ -332,10 +316,9 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         shown = selected.mask
         if shown is None:
             shown = torch.ones(selected.content.shape[:2], dtype=torch.bool, device=selected.content.device)
-        parts = [shown, shown.new_ones(shown.shape[0], self.config.num_context_latents)]
         if denoising is not None:
-            parts.insert(0, denoising.mask)
-        keys = torch.cat(parts, dim=1)[:, None, None]  # (B, 1, 1, M)
+            shown = torch.cat((denoising.mask, shown), dim=1)
+        keys = shown[:, None, None]  # (B, 1, 1, M)
         return keys if mask is None else mask & keys
 
 

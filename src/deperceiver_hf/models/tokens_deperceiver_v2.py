@@ -193,20 +193,3 @@ class DePerceiverV2LearnedQueries(nn.Module):
         content = all_rows(self.content, tokens.device).expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         boxes = all_rows(self.boxes, tokens.device).float().sigmoid().expand(tokens.shape[0], -1, -1)
         return SelectedTokens(content, boxes, None, None)
-
-
-class DePerceiverV2ContextLatents(nn.Module):
-    """Latents that stand for no object, with learned content and positions."""
-
-    def __init__(self, config: DePerceiverV2Config):
-        super().__init__()
-        self.content = nn.Embedding(config.num_context_latents, config.d_model)
-        self.positions = nn.Embedding(config.num_context_latents, config.d_model)
-
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Content and positions `(B, K, D)`, for as many images as `tokens` `(B, N, D)` has."""
-        content, positions = (
-            all_rows(embedding, tokens.device).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-            for embedding in (self.content, self.positions)
-        )
-        return content, positions
