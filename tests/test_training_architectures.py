@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 import deperceiver_hf
+from deperceiver_hf.benchmarks.variants import ORIGINAL_NUM_LABELS, VARIANT_NAMES, make_variant
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.evaluation.evaluator import evaluate_detector
 from deperceiver_hf.saved_models import load_detector
@@ -394,3 +395,38 @@ def test_harmless_options_may_change_when_a_run_is_resumed():
     facts = TrainingOptions.facts().values()
     assert all(each.resume_may_change for each in facts if each.harmless)
     assert not any(each.resume_may_change for each in facts if each.new_model_only)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_untrained_models_are_made_from_plain_options(architecture):
+    kind = ARCHITECTURES[architecture]
+    config = kind.plain_config(7, backbone="test_resnet", num_queries=12)
+    assert (config.num_labels, config.num_queries, config.id2label[6]) == (7, 12, "LABEL_6")
+    before = config.to_dict()
+    with torch.device("meta"):
+        model = kind.random_model(config, "eager")
+    assert config.to_dict() == before
+    assert (type(model), model.training, model.config._attn_implementation) == (kind.model_class, False, "eager")
+    outputs = kind.random_model(config)(pixel_values=torch.randn(1, 3, 64, 64))
+    assert outputs.pred_boxes.shape == (1, 12, 4)
+    with pytest.raises(ValueError, match="is an option of"):
+        kind.plain_config(7, **({"enc_layers": 2} if architecture == "deperceiver_v2" else {"preset": "nano"}))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANT_NAMES if name != "detr-multiscale"])
+def test_documented_models_can_be_made_from_plain_options(name):
+    architecture, _, size = name.replace("-v2", "_v2").rpartition("-")
+    options = {"downsample_factor": int(size)} if size.isdigit() else {"multiscale": True}
+    if architecture == "deperceiver_v2":
+        options = {"preset": size}
+    if architecture == "deperceiver":
+        options["no_aux_loss"] = True
+    kind = ARCHITECTURES[architecture]
+    with torch.device("meta"):
+        expected = make_variant(name)
+        made = kind.random_model(kind.plain_config(ORIGINAL_NUM_LABELS, **options))
+    shapes = [{key: tensor.shape for key, tensor in model.state_dict().items()} for model in (expected, made)]
+    assert shapes[0] == shapes[1]
+    fields = [model.config.to_dict() for model in (expected, made)]
+    different = {key for key in fields[0] if fields[0][key] != fields[1].get(key)}
+    assert different <= {"backbone_config", "architectures"}

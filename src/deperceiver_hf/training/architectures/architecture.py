@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of an architecture, and how options become a configuration."""
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -65,6 +66,29 @@ class Architecture:
 
     def prepare_saved(self, model: PreTrainedModel) -> None:
         """Do what is to be done to a saved model before it is trained on."""
+
+    def plain_config(self, num_labels: int, **options: Any) -> PreTrainedConfig:
+        """Configuration of a model that is to be looked at, counted or timed, not trained.
+
+        Args:
+            num_labels: Number of classes; they have transformers' default names.
+            options: Fields of [`ModelOptions`], such as `preset`, `backbone`, `downsample_factor` or `num_queries`.
+
+        Raises:
+            ValueError: The options describe no possible model, or are none of this architecture.
+        """
+        label_names = [f"LABEL_{label}" for label in range(num_labels)]
+        return self.make_config(ModelOptions(architecture=self.name, **options), label_names)
+
+    def random_model(self, config: PreTrainedConfig, attn_implementation: str = "sdpa") -> PreTrainedModel:
+        """A model of random weights in evaluation mode, also on the meta device. It is no start for a training.
+
+        Args:
+            config: Of this architecture.
+            attn_implementation: Of the transformer; timm's backbones choose for themselves.
+        """
+        config = copy.deepcopy(config)  # transformers writes into it
+        return self.model_class._from_config(config, attn_implementation={"": attn_implementation}).eval()
 
 
 def new_config(
