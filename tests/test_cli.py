@@ -88,9 +88,7 @@ def test_help_has_an_example(name, capsys):
     assert "--debug" in text
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["paint"], ["evaluate"], ["demo", "--max_minutes", "x"], ["demo", "--color"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["evaluate"], ["demo", "--max_steps", "x"], ["demo", "--color"]])
 def test_an_unreadable_command_line_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

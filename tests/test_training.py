@@ -117,10 +117,10 @@ def test_resuming_starts_in_the_middle_of_the_epoch(tmp_path, monkeypatch):
     train_until_killed(tmp_path, monkeypatch, 3, checkpointing_steps=2)
     run = DetectionTrainer(tiny_options(tmp_path, checkpointing_steps=2, resume="auto"))
     assert (run.progress.step, run.progress.epoch, run.progress.batches) == (2, 0, 2)
-    run.sampler.set_epoch(0, skip=2)
-    rest = list(run.sampler)
-    run.sampler.set_epoch(0)
-    assert rest == list(run.sampler)[2:]
+    run.data.sampler.set_epoch(0, skip=2)
+    rest = list(run.data.sampler)
+    run.data.sampler.set_epoch(0)
+    assert rest == list(run.data.sampler)[2:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -269,7 +269,7 @@ def test_best_models_are_kept_ready_to_use(tmp_path, scripted_ap):
 
     model = AutoModelForObjectDetection.from_pretrained(tmp_path / "best")
     assert_equal_weights(model.state_dict(), run.model.state_dict())
-    assert model.config.id2label == run.train_data.id2label
+    assert model.config.id2label == run.data.train.id2label
     processor = AutoImageProcessor.from_pretrained(tmp_path / "best")
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (64, 107)
 
@@ -407,8 +407,8 @@ def test_step_schedule_is_that_of_torch():
 def test_accumulated_gradient_is_the_mean_over_batches(tmp_path):
     options = {"clip_max_norm": 0, "gradient_accumulation_steps": 3, "batch_size": 1, "max_train_samples": 4}
     run = DetectionTrainer(tiny_options(tmp_path, **options, no_aux_loss=True, epochs=1))
-    assert run.total_steps == 2  # three batches, and the one that is left
-    batches = [run.collate([run.dataset[index]]) for index in range(3)]
+    assert run.schedule.total_steps == 2  # three batches, and the one that is left
+    batches = [run.data.collate([run.data.dataset[index]]) for index in range(3)]
     run.model.train()
     expected = [torch.zeros_like(parameter) for parameter in run.parameters]
     for batch in batches:
@@ -426,7 +426,7 @@ def test_accumulated_gradient_is_the_mean_over_batches(tmp_path):
 def test_gradient_is_clipped_by_norm(tmp_path, max_norm):
     run = DetectionTrainer(tiny_options(tmp_path, clip_max_norm=max_norm))
     run.model.train()
-    run.optimizer_step(iter([run.collate([run.dataset[0]])]), 1)
+    run.optimizer_step(iter([run.data.collate([run.data.dataset[0]])]), 1)
     norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in run.parameters]))
     assert run._grad_norm > 1
     torch.testing.assert_close(norm, torch.tensor(max_norm) if max_norm else run._grad_norm, rtol=1e-4, atol=0)

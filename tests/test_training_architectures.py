@@ -96,7 +96,7 @@ def test_training_and_reading_back(tmp_path, architecture, precision):
     trained = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     results = [
         evaluate_detector(detector, images, data, mixed_precision="no", progress=False)
-        for detector, images in ((trained, run.image_processor), (model, processor))
+        for detector, images in ((trained, run.data.image_processor), (model, processor))
     ]
     assert results[0].predictions
     assert [prediction["category_id"] for prediction in results[0].predictions] == [

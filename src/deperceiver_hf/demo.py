@@ -25,6 +25,7 @@ from .training.run_directory import RunDirectory
 SCENES = "synthetic:image_size=128"
 NUM_TRAINING_SCENES, NUM_VALIDATION_SCENES = 4000, 300
 PRESET = "nano"
+NUM_STEPS = 1600
 THRESHOLD = 0.5
 INTERRUPTED = "Interrupted; another run goes on from here."
 
@@ -66,12 +67,12 @@ class DemoResult:
         )
 
 
-def run_demo(output_dir: str | Path, max_minutes: float = 4.0) -> DemoResult:
+def run_demo(output_dir: str | Path, max_steps: int = NUM_STEPS) -> DemoResult:
     """Train (unless an earlier run in the directory has), evaluate, detect, draw.
 
     Args:
         output_dir: Where everything is written.
-        max_minutes: Limit of the training.
+        max_steps: Length of the training: steps and not minutes, so that every machine ends with the same model.
 
     Raises:
         OSError: The directory cannot be written to, or holds something else.
@@ -83,7 +84,7 @@ def run_demo(output_dir: str | Path, max_minutes: float = 4.0) -> DemoResult:
     training = RunDirectory(output_dir / "training")
     trained_now = not training.is_finished
     if trained_now:
-        result = DetectionTrainer(demo_options(training.path, max_minutes)).train()
+        result = DetectionTrainer(demo_options(training.path, max_steps)).train()
         if result.interrupted:
             raise KeyboardInterrupt
     seconds = json.loads(training.summary.read_text(encoding="utf-8"))["seconds"]
@@ -110,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example:\n  deperceiver demo --output_dir outputs/demo"
     parser.add_argument("--output_dir", default="outputs/demo", help="Where everything is written (%(default)s).")
-    parser.add_argument("--max_minutes", type=float, default=4.0, help="Limit of the training (%(default)s).")
+    parser.add_argument("--max_steps", type=int, default=NUM_STEPS, help="Length of the training (%(default)s).")
 
 
 def prepare(arguments: argparse.Namespace) -> FunctionJob[DemoResult]:
@@ -118,7 +119,7 @@ def prepare(arguments: argparse.Namespace) -> FunctionJob[DemoResult]:
     return FunctionJob(run_demo, vars(arguments))
 
 
-def demo_options(output_dir: Path, max_minutes: float) -> TrainingOptions:
+def demo_options(output_dir: Path, max_steps: int) -> TrainingOptions:
     """Options of the demonstration's training."""
     return TrainingOptions(
         architecture="deperceiver_v2",
@@ -136,14 +137,13 @@ def demo_options(output_dir: Path, max_minutes: float) -> TrainingOptions:
         batch_size=8,
         num_workers=0,
         cache_images=True,
-        use_bfloat=True,
-        lr=3e-3,
-        lr_backbone=3e-3,
+        lr=4e-3,
+        lr_backbone=4e-3,
         clip_max_norm=1.0,
         lr_scheduler="wsd",
         warmup_steps=50,
         epochs=100,
-        max_minutes=max_minutes,
+        max_steps=max_steps,
         eval_every=0,
     )
 

@@ -177,8 +177,9 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
     """Train; returns whether that was interrupted."""
     trainer = DetectionTrainer(options)
     try:
-        edge = trainer.image_processor.size.shortest_edge
-        parameters, flops = count_model(options, trainer.train_data.label_names, edge)
+        data = trainer.data
+        edge = data.image_processor.size.shortest_edge
+        parameters, flops = count_model(options, data.train.label_names, edge)
         _describe(
             Path(options.output_dir),
             model,
@@ -187,9 +188,9 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
             parameters=parameters,
             flops=flops,
             image_size=edge,
-            training_images=len(trainer.dataset),
-            evaluation_images=len(trainer.eval_data.dataset),
-            batches_per_epoch=len(trainer.sampler),
+            training_images=len(data.dataset),
+            evaluation_images=len(data.evaluation.dataset),
+            batches_per_epoch=len(data.sampler),
             device=str(trainer.accelerator.device),
         )
         return trainer.train().interrupted

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which images go together into a batch, in training and in evaluation."""
 
+import signal
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.image_utils import SizeDict
 
 from ..errors import UserError
@@ -114,3 +116,28 @@ def same_size_batches(
 
 def _split(indices: list[int], batch_size: int) -> list[list[int]]:
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+def make_loader(
+    dataset: Dataset,
+    batches: Sampler[list[int]],
+    collate: Callable[[list[Any]], Any],
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader:
+    """Loader of the epoch that `batches` is set to. It draws nothing from torch's global random state."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_main_process,
+        generator=torch.Generator(),
+    )
+
+
+def _leave_signals_to_main_process(worker_id: int) -> None:
+    # Ctrl-C reaches the workers too; the main process still needs them for the step that it finishes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

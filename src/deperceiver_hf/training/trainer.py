@@ -2,55 +2,34 @@
 """The training run itself: from options to the best models."""
 
 import dataclasses
-import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
 from tqdm.auto import tqdm
 
-from ..data import (
-    DetectionCollator,
-    DetectionData,
-    DetectionDataset,
-    TrainingBatchSampler,
-    is_synthetic,
-    load_detection_data,
-    make_train_transforms,
-    require_same_labels,
-)
+from ..evaluation import evaluate_detector
 from ..evaluation.coco_metric import areas_of_sizes
-from ..evaluation.evaluator import evaluate_detector
-from ..machine import choose_precision, find_device, make_accelerator
 from ..output_files import write_json
 from .arguments import TrainingOptions
-from .batches import make_loader
-from .building import build_image_processor, build_model
-from .checkpoints import (
-    BestModels,
-    TrainingProgress,
-    find_resumed_state,
-    load_state,
-    save_model,
-    save_state,
-)
+from .building import build_model
+from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
 from .interruption import StopRequest
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .reporting import TrainingLog, TrainingResult
 from .run_directory import RunDirectory
+from .schedule import RunSchedule
+from .setup import TrainingData, create_accelerator, main_process_first, make_fingerprint
 
 logger = get_logger(__name__)
 
-Result = TypeVar("Result")
+STEPS_OF_ESTIMATE = 20  # of a process, before it says how long the run will take
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -74,41 +53,33 @@ class DetectionTrainer:
         self.options = options
         self.run_directory = RunDirectory(options.output_dir)
         self.accelerator = create_accelerator(options)
-        state = self._main_process_first(lambda: find_resumed_state(options, self.run_directory))
+        self.state = main_process_first(self.accelerator, lambda: find_resumed_state(options, self.run_directory))
+        self.data = TrainingData.load(options, self.accelerator)
+        self.schedule = RunSchedule(options, batches_per_epoch=len(self.data.sampler))
+        self._time_used = 0.0  # of `max_minutes`, agreed on by all processes in every step
+        self._grad_norm: torch.Tensor | None = None  # of the last step, before clipping
+        self._set_up_model()
+        self._fingerprint = make_fingerprint(options, self.data, self.accelerator)
+        self._begin_or_resume()
+        self.best_models = BestModels(self.accelerator, self.run_directory, options.save_top_k)
+        self.stop_request = StopRequest()
+        self._clock = time.perf_counter()
+        self._timed_steps: list[float] = []  # seconds of training after each of the first steps of this process
 
-        self.train_data = self._load_data(options.train_split, options.max_train_samples)
-        self.eval_data: DetectionData | None = None
-        if options.eval_every or options.eval_steps:
-            self.eval_data = self._load_data(options.eval_split, options.max_eval_samples)
-            require_same_labels(self.train_data, self.eval_data)
-        self.image_processor = build_image_processor(options)
-        size = self.image_processor.size
-        transforms = make_train_transforms(options.augmentation, size.shortest_edge, size.longest_edge)
-        self.dataset = DetectionDataset(
-            self.train_data, transforms, seed=options.seed, cache_images=options.cache_images
-        )
-        self.collate = DetectionCollator(self.image_processor, do_resize=False)
-        self.sampler = TrainingBatchSampler(
-            self.dataset,
-            options.batch_size,
-            group_by_aspect_ratio=options.group_by_aspect_ratio,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
-        self.steps_per_epoch = -(-len(self.sampler) // options.gradient_accumulation_steps)
-        self.total_steps = self.steps_per_epoch * options.epochs
-        if options.max_steps is not None:
-            self.total_steps = min(self.total_steps, options.max_steps)
+    # Set-up
 
+    def _set_up_model(self) -> None:
+        """Make the model, its optimizer and the schedule of its learning rate."""
+        options = self.options
         set_seed(options.seed)  # equal weights on all processes
-        model = self._main_process_first(
-            lambda: build_model(options, self.train_data.label_names, load_pretrained_backbone=state is None)
+        model = main_process_first(
+            self.accelerator,
+            lambda: build_model(options, self.data.train.label_names, load_pretrained_backbone=self.state is None),
         )
         set_seed(options.seed, device_specific=True)  # different dropout on each
         optimizer = create_optimizer(model, options)
-        self._time_used = 0.0  # of `max_minutes`, agreed on by all processes in every step
         self.scheduler = create_scheduler(
-            optimizer, options, self.steps_per_epoch, self.total_steps, lambda: self._time_used
+            optimizer, options, self.schedule.steps_per_epoch, self.schedule.total_steps, lambda: self._time_used
         )
         with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -117,17 +88,17 @@ class DetectionTrainer:
         # Not prepared: accelerate would step the schedule once for each process.
         self.accelerator.register_for_checkpointing(self.scheduler)
 
-        self.progress, self.state = TrainingProgress(), state
-        if state is not None:
-            self.progress = load_state(self.accelerator, state, self.fingerprint())
-            logger.info(f"Resumed from {state} after {self.progress.step} steps.")
+    def _begin_or_resume(self) -> None:
+        """Restore the state that the run goes on from, if there is one, and make the output directory ready."""
+        self.progress, resumed_from = TrainingProgress(), None
+        if self.state is not None:
+            self.progress = resumed_from = load_state(self.accelerator, self.state, self._fingerprint)
+            logger.info(f"Resumed from {self.state} after {self.progress.step} steps.")
         if self.accelerator.is_main_process:
-            self.run_directory.clear(keep_run=options.resume is not None)
-        self.log = TrainingLog(self.accelerator, self.run_directory.log, self.progress if state is not None else None)
-        self.best_models = BestModels(self.accelerator, self.run_directory, options.save_top_k)
-        self.stop_request = StopRequest()
-        self._grad_norm: torch.Tensor | None = None  # of the last step, before clipping
-        self._clock = time.perf_counter()
+            self.run_directory.clear(keep_run=self.options.resume is not None)
+        self.log = TrainingLog(self.accelerator, self.run_directory.log, resumed_from)
+
+    # The run
 
     def train(self) -> TrainingResult:
         """Train to the end, or until SIGINT or SIGTERM ask to stop.
@@ -141,12 +112,12 @@ class DetectionTrainer:
         )
         interrupted = False
         with self.stop_request:
-            while not interrupted and not self._finished:
-                interrupted = self._train_stretch()
+            while not interrupted and not self.schedule.run_is_over(self.progress):
+                interrupted = self._train_interval()
                 if interrupted:
                     self._save_state()
                 else:
-                    self._close_stretch()
+                    self._end_interval()
         last = self.run_directory.last
         if not interrupted:
             save_model(self.accelerator, last, self._save_model, self.progress.last_metrics)
@@ -162,74 +133,59 @@ class DetectionTrainer:
         self.accelerator.trackers = []
         return result
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same in a resumed run, as JSON gives it back."""
-        facts = self.options.facts()
-        options = {
-            name: value
-            for name, value in dataclasses.asdict(self.options).items()
-            if not facts[name].resume_may_change
-        }
-        if self.options.model is not None:  # it has its architecture, whether that is named or not
-            del options["architecture"]
-        data = {"training images": len(self.dataset), "classes": self.train_data.label_names}
-        if is_synthetic(self.options.dataset):  # a directory may have moved, scenes are what their name says
-            data["scenes"] = self.options.dataset
-        run = {"processes": self.accelerator.num_processes, "precision": self.accelerator.mixed_precision}
-        return json.loads(json.dumps({**options, **run, **data}))
-
-    @property
-    def _finished(self) -> bool:
-        return self.progress.step >= self.total_steps and self.progress.closed_step == self.progress.step
-
-    @property
-    def _stretch_ends(self) -> bool:
-        """At the end of the epoch, after the last step, or when `eval_steps` makes an evaluation due."""
-        progress = self.progress
-        at_end = progress.batches == len(self.sampler) or progress.step >= self.total_steps
-        return at_end or (progress.closed_step < progress.step and self._evaluation_steps_done)
-
-    @property
-    def _evaluation_steps_done(self) -> bool:
-        return self.options.eval_steps is not None and self.progress.step % self.options.eval_steps == 0
-
-    def _train_stretch(self) -> bool:
-        """Train to where `_stretch_ends`; `True` if a request to stop came before."""
-        progress, options = self.progress, self.options
-        self.sampler.set_epoch(progress.epoch, skip=progress.batches)
-        loader = make_loader(
-            self.dataset,
-            self.sampler,
-            self.collate,
+    def _train_interval(self) -> bool:
+        """Train to the end of the evaluation interval; `True` if a request to stop came before."""
+        progress, options, schedule = self.progress, self.options, self.schedule
+        loader = self.data.loader(
+            progress.epoch,
+            progress.batches,
             num_workers=options.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
         self._clock = time.perf_counter()
         batches = iter(loader)
         self.model.train()
-        first_step = progress.epoch * self.steps_per_epoch
+        # A run that ends by the clock does not know its last step: its bar is that of the epoch.
+        by_clock = options.max_minutes is not None
+        first_step = progress.epoch * schedule.steps_per_epoch if by_clock else 0
+        last_step = first_step + schedule.steps_per_epoch if by_clock else schedule.total_steps
         with tqdm(
             desc=f"Epoch {progress.epoch + 1}/{options.epochs}",
             initial=progress.step - first_step,
-            total=min(self.steps_per_epoch, self.total_steps - first_step),
+            total=min(last_step, schedule.total_steps) - first_step,
             disable=not self.accelerator.is_main_process,
         ) as bar:
-            while not self._stretch_ends:
+            while not schedule.interval_is_over(progress):
                 rates = learning_rates(self.optimizer)
-                count = min(options.gradient_accumulation_steps, len(self.sampler) - progress.batches)
+                count = schedule.batches_of_next_step(progress)
                 stop = self.optimizer_step(batches, count)
                 progress.step += 1
                 progress.batches += count
                 bar.update()
-                at_end, save_due = self._stretch_ends, self._checkpoint_due
+                at_end, save_due = schedule.interval_is_over(progress), schedule.state_is_due(progress)
                 self._tick()
+                self._estimate_time_left()
                 if at_end or stop or save_due or progress.step % options.log_every == 0:
-                    self.log.write_training(progress, self._epochs_done, rates, bar)
+                    self.log.write_training(progress, schedule.epochs_done(progress), rates, bar)
                 if stop or (save_due and not at_end):
                     self._save_state()
                 if stop:
                     return True
         return False
+
+    def _end_interval(self) -> None:
+        """Evaluate and save the state, each if due."""
+        progress = self.progress
+        if self.schedule.epoch_is_over(progress):
+            progress.epoch, progress.batches = progress.epoch + 1, 0
+        if self.data.evaluation is not None and self.schedule.evaluation_is_due(progress):
+            self._evaluate()
+        progress.closed_step = progress.step
+        if self.schedule.state_is_due(progress):
+            self._save_state()
+            self.best_models.remove_others(progress)
+
+    # A step
 
     def optimizer_step(self, batches: Iterator[Any], count: int) -> bool:
         """One step on the mean loss of the next `count` batches; returns whether some process was asked to stop.
@@ -276,103 +232,82 @@ class DetectionTrainer:
         if self.options.max_minutes is not None and self.accelerator.is_main_process:
             seconds = self.progress.seconds + time.perf_counter() - self._clock
             time_used = min(1.0, seconds / (60 * self.options.max_minutes))
-        told = loss.new_tensor([self.stop_request.requested, time_used], dtype=torch.float32)
-        told = torch.cat([(~finite).float().reshape(1), told])
-        broken, stop, self._time_used = self.accelerator.reduce(told, reduction="sum").tolist()
+        flags = loss.new_tensor([self.stop_request.requested, time_used], dtype=torch.float32)
+        flags = torch.cat([(~finite).float().reshape(1), flags])
+        broken, stop, self._time_used = self.accelerator.reduce(flags, reduction="sum").tolist()
         if self._time_used >= 1:
-            self.total_steps = self.progress.step + 1
+            self.schedule.total_steps = self.progress.step + 1
         if broken:
-            values = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
-            if self._grad_norm is not None:
-                values["norm of the gradient before"] = self._grad_norm.item()
-            report = problem or ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-            reports = gather_object([f"process {self.accelerator.process_index}: {report}"])
-            raise NonFiniteLossError(
-                f"the loss is not finite at step {self.progress.step + 1} (epoch {self.progress.epoch + 1}). "
-                f"{'; '.join(reports)}. A lower --lr, more --warmup_steps or --mixed_precision bf16 or no may help."
-            )
+            self._report_broken_step(loss, terms, problem)
         return bool(stop)
 
-    def _close_stretch(self) -> None:
-        """Evaluate, keep the model if it is among the best, and save the state, each if due."""
-        progress, options = self.progress, self.options
-        epochs_done = self._epochs_done
-        epoch_ended = progress.batches == len(self.sampler)
-        if epoch_ended:
-            progress.epoch, progress.batches = progress.epoch + 1, 0
-        at_end = progress.step >= self.total_steps
-        if options.eval_steps is None:
-            evaluation_due = epoch_ended and options.eval_every and progress.epoch % options.eval_every == 0
-        else:
-            evaluation_due = self._evaluation_steps_done
-        if self.eval_data is not None and (at_end or evaluation_due):
-            self._share_buffers()
-            result = evaluate_detector(
-                self.model,
-                self.image_processor,
-                self.eval_data,
-                accelerator=self.accelerator,
-                batch_size=options.batch_size,
-                num_workers=options.num_workers,
-                area_boundaries=areas_of_sizes(options.size_boundaries),
-            )
-            progress.last_metrics = dict(result.metrics)
-            self.log.write_evaluation(progress, epochs_done, result.metrics)
-            logger.info(f"Epoch {epochs_done:g}: AP {100 * result.metrics['ap']:.2f}")
-            label = progress.epoch + bool(progress.batches)
-            self.best_models.offer(progress, label, result.metrics, self._save_model)
-        progress.closed_step = progress.step
-        if at_end or (epoch_ended and progress.epoch % options.save_every == 0) or self._checkpoint_due:
-            self._save_state()
-            self.best_models.remove_others(progress)
-
-    @property
-    def _checkpoint_due(self) -> bool:
-        steps = self.options.checkpointing_steps
-        return steps is not None and self.progress.step % steps == 0
-
-    @property
-    def _epochs_done(self) -> float:
-        return self.progress.epoch + self.progress.batches / len(self.sampler)
-
-    def _share_buffers(self) -> None:
-        """Give all processes the batch norm statistics of the main process, whose model is the one that is saved."""
-        for buffer in self.model.buffers():
-            broadcast(buffer)
-
-    def _save_state(self) -> None:
-        if self._grad_norm is not None and self.accelerator.scaler is None and not self._grad_norm.isfinite():
-            raise NonFiniteLossError(
-                f"the gradient is not finite at step {self.progress.step}; the state before it has been kept."
-            )
-        self.state = save_state(self.accelerator, self.run_directory, self.progress, self.fingerprint())
-
-    def _save_model(self, directory: Path) -> None:
-        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
-        self.image_processor.save_pretrained(directory)
-
-    def _load_data(self, split: str, max_samples: int | None) -> DetectionData:
-        load = partial(load_detection_data, self.options.dataset, split, max_samples=max_samples)
-        return self._main_process_first(load)
-
-    def _main_process_first(self, function: Callable[[], Result]) -> Result:
-        """Call on the main process, then on the others, which find its downloads; its error is raised on all."""
-        error: Exception | None = None
-        if self.accelerator.is_main_process:
-            try:
-                result = function()
-            except (ValueError, OSError) as raised:
-                error = raised
-        (message,) = broadcast_object_list([error and str(error)])  # not every exception can be pickled
-        if message is not None:
-            raise error or ValueError(message)
-        return result if self.accelerator.is_main_process else function()
+    def _report_broken_step(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], problem: str) -> NoReturn:
+        """Raise an error that tells what each process saw."""
+        values = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
+        if self._grad_norm is not None:
+            values["norm of the gradient before"] = self._grad_norm.item()
+        report = problem or ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        reports = gather_object([f"process {self.accelerator.process_index}: {report}"])
+        raise NonFiniteLossError(
+            f"the loss is not finite at step {self.progress.step + 1} (epoch {self.progress.epoch + 1}). "
+            f"{'; '.join(reports)}. A lower --lr, more --warmup_steps or --mixed_precision bf16 or no may help."
+        )
 
     def _tick(self) -> None:
         """Bring the time spent training up to date."""
         now = time.perf_counter()
         self.progress.seconds += now - self._clock
         self._clock = now
+
+    def _estimate_time_left(self) -> None:
+        """Say once how long the run will take, as soon as some steps have shown it."""
+        if len(self._timed_steps) == STEPS_OF_ESTIMATE:
+            return
+        self._timed_steps.append(self.progress.seconds)
+        if len(self._timed_steps) == STEPS_OF_ESTIMATE and self.options.max_minutes is None:
+            half = STEPS_OF_ESTIMATE // 2  # the first steps are slower than the rest
+            seconds = (self._timed_steps[-1] - self._timed_steps[half - 1]) / (STEPS_OF_ESTIMATE - half)
+            left = self.schedule.total_steps - self.progress.step
+            if left > 0:
+                logger.info(
+                    f"A step takes {seconds:.2f} s, the {left} to go about {seconds * left / 60:.0f} minutes. "
+                    "Ctrl-C saves the state; --resume auto goes on from it."
+                )
+
+    # Evaluation and saving
+
+    def _evaluate(self) -> None:
+        """Evaluate the model, and keep it if it is among the best."""
+        progress, options = self.progress, self.options
+        for buffer in self.model.buffers():  # batch norm statistics of the main process, whose model is saved
+            broadcast(buffer)
+        result = evaluate_detector(
+            self.model,
+            self.data.image_processor,
+            self.data.evaluation,
+            accelerator=self.accelerator,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            area_boundaries=areas_of_sizes(options.size_boundaries),
+        )
+        progress.last_metrics = dict(result.metrics)
+        epochs_done = self.schedule.epochs_done(progress)
+        self.log.write_evaluation(progress, epochs_done, result.metrics)
+        logger.info(f"Epoch {epochs_done:g}: AP {100 * result.metrics['ap']:.2f}")
+        epoch = progress.epoch + bool(progress.batches)  # one that is under way counts
+        self.best_models.offer(progress, epoch, result.metrics, self._save_model)
+
+    def _save_state(self) -> None:
+        if self._grad_norm is not None and self.accelerator.scaler is None and not self._grad_norm.isfinite():
+            raise NonFiniteLossError(
+                f"the gradient is not finite at step {self.progress.step}; the state before it has been kept."
+            )
+        self.state = save_state(self.accelerator, self.run_directory, self.progress, self._fingerprint)
+
+    def _save_model(self, directory: Path) -> None:
+        """Write the model as it is evaluated."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+        self.data.image_processor.save_pretrained(directory)
 
     def _result(self, interrupted: bool, last_model: str | None) -> TrainingResult:
         best = self.progress.best[0] if self.progress.best else None
@@ -387,29 +322,3 @@ class DetectionTrainer:
             metrics=self.progress.last_metrics,
             seconds=round(self.progress.seconds, 3),
         )
-
-
-def create_accelerator(options: TrainingOptions) -> Accelerator:
-    """The accelerator of a run.
-
-    Raises:
-        ValueError: The precision is not possible here, a tracker is not installed, or the launcher was asked for
-            gradient accumulation.
-    """
-    trackers = [name for name in options.report_to if name != "none"]
-    available = [str(tracker) for tracker in get_available_trackers()]
-    if missing := sorted(set(trackers) - {"all", *available}):
-        raise ValueError(f"--report_to {' '.join(missing)}: not installed; try `pip install {' '.join(missing)}`.")
-    precision = choose_precision(options.precision, find_device())
-    accelerator = make_accelerator(
-        mixed_precision=precision.name,
-        log_with=trackers or None,
-        project_dir=options.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
-    )
-    logger.info(f"Precision {precision.name}: {precision.reason}.")
-    if precision.warning:
-        logger.warning(precision.warning)
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError("give --gradient_accumulation_steps to the script, not to `accelerate launch`.")
-    return accelerator

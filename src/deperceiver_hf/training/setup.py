@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is set up from: the accelerator, and the data on every process."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
+
+from ..data import (
+    DetectionCollator,
+    DetectionData,
+    DetectionDataset,
+    TrainingBatchSampler,
+    is_synthetic,
+    load_detection_data,
+    make_train_transforms,
+    require_same_labels,
+)
+from ..data.sampling import make_loader
+from ..machine import choose_precision, find_device, make_accelerator
+from .arguments import TrainingOptions
+from .building import build_image_processor
+
+logger = get_logger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a run, as one process sees them.
+
+    Attributes:
+        train: Records to train on.
+        evaluation: Records to evaluate on; `None` if the run never evaluates.
+        image_processor: Prepares images; saved with the model.
+        dataset: `train` with its augmentation.
+        collate: Makes a batch.
+        sampler: Chooses the images of this process's batches.
+    """
+
+    train: DetectionData
+    evaluation: DetectionData | None
+    image_processor: Any
+    dataset: DetectionDataset
+    collate: DetectionCollator
+    sampler: TrainingBatchSampler
+
+    @classmethod
+    def load(cls, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
+        """Load the splits, on the main process first.
+
+        Raises:
+            ValueError: They have other classes, or fewer images than a batch.
+            OSError: They cannot be read.
+        """
+        load_split = partial(load_detection_data, options.dataset)
+        train = main_process_first(
+            accelerator, partial(load_split, options.train_split, max_samples=options.max_train_samples)
+        )
+        evaluation = None
+        if options.eval_every or options.eval_steps:
+            evaluation = main_process_first(
+                accelerator, partial(load_split, options.eval_split, max_samples=options.max_eval_samples)
+            )
+            require_same_labels(train, evaluation)
+        image_processor = build_image_processor(options)
+        size = image_processor.size
+        transforms = make_train_transforms(options.augmentation, size.shortest_edge, size.longest_edge)
+        dataset = DetectionDataset(train, transforms, seed=options.seed, cache_images=options.cache_images)
+        sampler = TrainingBatchSampler(
+            dataset,
+            options.batch_size,
+            group_by_aspect_ratio=options.group_by_aspect_ratio,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        collate = DetectionCollator(image_processor, do_resize=False)
+        return cls(train, evaluation, image_processor, dataset, collate, sampler)
+
+    def loader(self, epoch: int, skip: int, *, num_workers: int, pin_memory: bool) -> DataLoader:
+        """This process's batches of an epoch, but for the first `skip`."""
+        self.sampler.set_epoch(epoch, skip=skip)
+        return make_loader(self.dataset, self.sampler, self.collate, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def create_accelerator(options: TrainingOptions) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        ValueError: The precision is not possible here, a tracker is not installed, or the launcher was asked for
+            gradient accumulation.
+    """
+    trackers = [name for name in options.report_to if name != "none"]
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if missing := sorted(set(trackers) - {"all", *available}):
+        raise ValueError(f"--report_to {' '.join(missing)}: not installed; try `pip install {' '.join(missing)}`.")
+    precision = choose_precision(options.precision, find_device())
+    accelerator = make_accelerator(
+        mixed_precision=precision.name,
+        log_with=trackers or None,
+        project_dir=options.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)],
+    )
+    logger.info(f"Precision {precision.name}: {precision.reason}.")
+    if precision.warning:
+        logger.warning(precision.warning)
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError("give --gradient_accumulation_steps to the script, not to `accelerate launch`.")
+    return accelerator
+
+
+def main_process_first(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """Call on the main process, then on the others, which find its downloads; its error is raised on all."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except (ValueError, OSError) as raised:
+            error = raised
+    (message,) = broadcast_object_list([error and str(error)])  # not every exception can be pickled
+    if message is not None:
+        raise error or ValueError(message)
+    return result if accelerator.is_main_process else function()
+
+
+def make_fingerprint(options: TrainingOptions, data: TrainingData, accelerator: Accelerator) -> dict[str, Any]:
+    """What must be the same in a resumed run, as JSON gives it back."""
+    facts = options.facts()
+    fixed = {name: value for name, value in dataclasses.asdict(options).items() if not facts[name].resume_may_change}
+    if options.model is not None:  # it has its architecture, whether that is named or not
+        del fixed["architecture"]
+    content = {"training images": len(data.dataset), "classes": data.train.label_names}
+    if is_synthetic(options.dataset):  # a directory may have moved, scenes are what their name says
+        content["scenes"] = options.dataset
+    run = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+    return json.loads(json.dumps({**fixed, **run, **content}))
