@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images go together into a batch, in training and in evaluation."""
+"""Which images go together into a batch, in training and in evaluation, and what loads the batches."""
 
 import signal
 from collections import defaultdict

@@ -14,8 +14,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
 from tqdm.auto import tqdm
 
-from ..evaluation import evaluate_detector
 from ..evaluation.coco_metric import areas_of_sizes
+from ..evaluation.evaluator import evaluate_detector
 from ..output_files import write_json
 from .arguments import TrainingOptions
 from .building import build_model
