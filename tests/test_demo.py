@@ -9,7 +9,8 @@ from transformers import pipeline
 
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.data.images import decode_rgb
-from deperceiver_hf.demo import SCENES, run_demo
+from deperceiver_hf.demo import RECIPE, run_demo
+from deperceiver_hf.training.recipes import read_recipe
 
 pytest.importorskip("supervision")
 
@@ -22,7 +23,7 @@ def test_demo_leaves_what_it_says_and_is_idempotent(tmp_path):
     assert 0 <= first.metrics["ap"] <= first.metrics["ap50"] < 0.5  # a model of one step has learned nothing
     with Image.open(first.contact_sheet) as sheet:
         assert min(sheet.size) > 500
-    scene = load_detection_data(SCENES, "val", max_samples=1).dataset[0]
+    scene = load_detection_data(read_recipe(RECIPE)["dataset"], "val", max_samples=1).dataset[0]
     detector = pipeline("object-detection", model=str(first.model))
     assert isinstance(detector(decode_rgb(scene["image"], scene["image_id"]), threshold=0.0), list)
     for path in (first.model, first.contact_sheet, first.metrics_file):

@@ -8,6 +8,7 @@ The module of a subcommand has
 - `parents() -> list`, if it needs it: parsers whose arguments are taken over, as `argparse` means it;
 - `TAKES_OTHER_OPTIONS = True`, if it needs it: what its parser does not know is no mistake but comes as
   `arguments.others`, and the whole command line as `arguments.command_line`;
+- `expand(arguments) -> list`, if some arguments stand for others: the command line in full;
 - `INTERRUPTED`, if there is more to say: what is printed after Ctrl-C.
 
 Exit codes: 0, done; 1, the work failed, in whole or in part; 2, the arguments do not fit, or not what they name;
@@ -106,7 +107,8 @@ def _parse(name: str, module: ModuleType, arguments: list[str]) -> argparse.Name
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    parsed, others = parser.parse_known_args(arguments)
+    expanded = module.expand(arguments) if hasattr(module, "expand") else arguments
+    parsed, others = parser.parse_known_args(expanded)
     if getattr(module, "TAKES_OTHER_OPTIONS", False):
         parsed.others, parsed.command_line = others, shlex.join([PROGRAM, name, *arguments])
     elif others:

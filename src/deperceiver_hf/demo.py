@@ -20,12 +20,11 @@ from .jobs import FunctionJob
 from .output_files import write_json
 from .saved_models import load_detector
 from .training import DetectionTrainer, TrainingOptions
+from .training.recipes import recipe_options
 from .training.run_directory import RunDirectory
 
-SCENES = "synthetic:image_size=128"
-NUM_TRAINING_SCENES, NUM_VALIDATION_SCENES = 4000, 300
-PRESET = "nano"
-NUM_STEPS = 1600
+RECIPE = "demo"
+NUM_VALIDATION_SCENES = 300
 THRESHOLD = 0.5
 INTERRUPTED = "Interrupted; another run goes on from here."
 
@@ -37,6 +36,7 @@ class DemoResult:
     Attributes:
         trained_now: `False` if the model of an earlier run was there.
         minutes: Spent training, now or then.
+        num_training_scenes: How many scenes it was trained on.
         metrics: COCO metrics on scenes that it was not trained on, as fractions.
         model: Directory of the model.
         contact_sheet: Picture of detections beside the ground truth.
@@ -45,6 +45,7 @@ class DemoResult:
 
     trained_now: bool
     minutes: float
+    num_training_scenes: int | None
     metrics: dict[str, float]
     model: Path
     contact_sheet: Path
@@ -59,7 +60,7 @@ class DemoResult:
         trained = "Trained" if self.trained_now else "Kept the model that an earlier run trained"
         ap, ap50 = (100 * self.metrics[name] for name in ("ap", "ap50"))
         return (
-            f"{trained} in {self.minutes:.1f} minutes on {NUM_TRAINING_SCENES} scenes, from random weights.\n"
+            f"{trained} in {self.minutes:.1f} minutes on {self.num_training_scenes} scenes, from random weights.\n"
             f"On {NUM_VALIDATION_SCENES} other scenes: AP {ap:.1f}, AP50 {ap50:.1f}\n"
             f"Contact sheet (annotated | detected): {self.contact_sheet}\n"
             f'Model, for pipeline("object-detection", model=...): {self.model}\n'
@@ -67,12 +68,13 @@ class DemoResult:
         )
 
 
-def run_demo(output_dir: str | Path, max_steps: int = NUM_STEPS) -> DemoResult:
+def run_demo(output_dir: str | Path, max_steps: int | None = None) -> DemoResult:
     """Train (unless an earlier run in the directory has), evaluate, detect, draw.
 
     Args:
         output_dir: Where everything is written.
-        max_steps: Length of the training: steps and not minutes, so that every machine ends with the same model.
+        max_steps: Length of the training; that of the recipe if not given. It is bounded by steps and not by minutes,
+            so that every machine ends with the same model.
 
     Raises:
         OSError: The directory cannot be written to, or holds something else.
@@ -82,25 +84,28 @@ def run_demo(output_dir: str | Path, max_steps: int = NUM_STEPS) -> DemoResult:
     require_supervision()
     output_dir = Path(output_dir)
     training = RunDirectory(output_dir / "training")
+    options = demo_options(training.path, max_steps)
     trained_now = not training.is_finished
     if trained_now:
-        result = DetectionTrainer(demo_options(training.path, max_steps)).train()
+        result = DetectionTrainer(options).train()
         if result.interrupted:
             raise KeyboardInterrupt
     seconds = json.loads(training.summary.read_text(encoding="utf-8"))["seconds"]
 
     model_dir = training.last
     model, processor = load_detector(str(model_dir))
-    scenes = load_detection_data(SCENES, "val", max_samples=NUM_VALIDATION_SCENES)
+    scenes = load_detection_data(options.dataset, "val", max_samples=NUM_VALIDATION_SCENES)
     # In float32 whatever the training left behind in the process, so that a second run says the same.
     metrics = evaluate_detector(model, processor, scenes, mixed_precision="no").metrics
     metrics_file = output_dir / "metrics.json"
     write_json(metrics_file, metrics)
-    shown = load_detection_data(SCENES, "val", max_samples=8)
+    shown = load_detection_data(options.dataset, "val", max_samples=8)
     rows = contact_sheet_rows(shown, detect(model_dir, shown), threshold=THRESHOLD, max_images=8)
     contact_sheet = output_dir / "contact_sheet.png"
     draw_contact_sheet(rows, shown.label_names, cell_width=320).save(contact_sheet)
-    return DemoResult(trained_now, seconds / 60, metrics, model_dir, contact_sheet, metrics_file)
+    return DemoResult(
+        trained_now, seconds / 60, options.max_train_samples, metrics, model_dir, contact_sheet, metrics_file
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example:\n  deperceiver demo --output_dir outputs/demo"
     parser.add_argument("--output_dir", default="outputs/demo", help="Where everything is written (%(default)s).")
-    parser.add_argument("--max_steps", type=int, default=NUM_STEPS, help="Length of the training (%(default)s).")
+    parser.add_argument("--max_steps", type=int, help="Length of the training, if not that of the recipe `demo`.")
 
 
 def prepare(arguments: argparse.Namespace) -> FunctionJob[DemoResult]:
@@ -119,32 +124,13 @@ def prepare(arguments: argparse.Namespace) -> FunctionJob[DemoResult]:
     return FunctionJob(run_demo, vars(arguments))
 
 
-def demo_options(output_dir: Path, max_steps: int) -> TrainingOptions:
-    """Options of the demonstration's training."""
-    return TrainingOptions(
-        architecture="deperceiver_v2",
-        preset=PRESET,
-        num_queries=40,
-        no_pretrained_backbone=True,
-        attn_implementation="eager",
-        dataset=SCENES,
-        max_train_samples=NUM_TRAINING_SCENES,
+def demo_options(output_dir: Path, max_steps: int | None = None) -> TrainingOptions:
+    """Options of the demonstration's training: those of the recipe `demo`."""
+    return recipe_options(
+        RECIPE,
         output_dir=str(output_dir),
         resume="auto" if output_dir.exists() else None,
-        shortest_edge=128,
-        longest_edge=128,
-        augmentation="flip",
-        batch_size=8,
-        num_workers=0,
-        cache_images=True,
-        lr=4e-3,
-        lr_backbone=4e-3,
-        clip_max_norm=1.0,
-        lr_scheduler="wsd",
-        warmup_steps=50,
-        epochs=100,
-        max_steps=max_steps,
-        eval_every=0,
+        **({} if max_steps is None else {"max_steps": max_steps}),
     )
 
 

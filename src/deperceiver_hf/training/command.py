@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from ..errors import FailedRunError
 from .arguments import TrainingOptions, make_parser
+from .recipes import recipe_names, with_recipe
 from .reporting import TrainingResult
 from .trainer import DetectionTrainer, NonFiniteLossError
 
 EXAMPLE = """example:
-  deperceiver train --architecture deperceiver_v2 --preset nano --dataset path/to/coco --output_dir outputs/nano
+  deperceiver train --recipe own-data-gpu --dataset path/to/data --output_dir outputs/mine --epochs 20
 
 Several processes start by `accelerate launch scripts/train.py` with the same options. The exit code is 1 if the loss
 ceases to be finite, and 130 if the run was interrupted."""
@@ -44,8 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options = make_parser()
     parser.description, parser.usage, parser.epilog = options.description, options.usage, EXAMPLE
     parser.formatter_class = options.formatter_class
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help=f"Take options from a recipe ({', '.join(recipe_names())}) or a YAML file; those given beside it win.",
+    )
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """The command line with the options of its recipe."""
+    return with_recipe(arguments)
 
 
 def prepare(arguments: argparse.Namespace) -> TrainingJob:
     """Check and load what a run needs; raises what [`DetectionTrainer`] raises."""
-    return TrainingJob(DetectionTrainer(TrainingOptions(**vars(arguments))))
+    options = {name: value for name, value in vars(arguments).items() if name != "recipe"}
+    return TrainingJob(DetectionTrainer(TrainingOptions(**options)))

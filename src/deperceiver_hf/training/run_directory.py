@@ -9,6 +9,7 @@
         best -> epoch-003-step-400
         last/                   the model at the end of training, with the same files
         metrics.jsonl           one line for each log interval and each evaluation
+        options.yaml            the options of the run, as a recipe that repeats it
         summary.json            written at the end
 
 A directory is written under a temporary name and renamed when it is complete, so that a kill at any moment leaves the
@@ -33,6 +34,7 @@ class RunDirectory:
     Attributes:
         path: The output directory.
         log: Lines of numbers, JSON each.
+        options: What the run was told, as a recipe.
         summary: How the run ended; there is none before.
         best: Link to the model of the highest AP.
         last: The model at the end of training.
@@ -41,6 +43,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.log = self.path / "metrics.jsonl"
+        self.options = self.path / "options.yaml"
         self.summary = self.path / "summary.json"
         self.best = self.path / "best"
         self.last = self.path / "last"
@@ -90,7 +93,7 @@ class RunDirectory:
 
     def _is_ours(self, path: Path) -> bool:
         patterns = (STATE_PATTERN, MODEL_PATTERN)
-        named = (self.log, self.summary, self.best, self.last)
+        named = (self.log, self.options, self.summary, self.best, self.last)
         return path in named or any(pattern.fullmatch(path.name) for pattern in patterns)
 
 

@@ -22,6 +22,7 @@ from .building import build_model
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
 from .interruption import StopRequest
 from .optimization import create_optimizer, create_scheduler, learning_rates
+from .recipes import write_options
 from .reporting import TrainingLog, TrainingResult
 from .run_directory import RunDirectory
 from .schedule import RunSchedule
@@ -96,6 +97,7 @@ class DetectionTrainer:
             logger.info(f"Resumed from {self.state} after {self.progress.step} steps.")
         if self.accelerator.is_main_process:
             self.run_directory.clear(keep_run=self.options.resume is not None)
+            write_options(self.run_directory.options, self.options)
         self.log = TrainingLog(self.accelerator, self.run_directory.log, resumed_from)
 
     # The run
