@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: each can be run, is checked as the command line is, and gives way to it."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -77,11 +78,8 @@ def test_the_first_steps_of_every_recipe_run(name, tmp_path):
 
 
 def test_what_stands_beside_a_recipe_wins_in_any_order():
-    for arguments in (
-        ["--recipe", "demo", "--lr", "1"],
-        ["--lr", "1", "--recipe", "demo"],
-        ["--lr=1", "--recipe=demo"],
-    ):
+    for line in ("--recipe demo --lr 1", "--lr 1 --recipe demo", "--lr=1 --recipe=demo"):
+        arguments = line.split()
         expanded = with_recipe(arguments)
         assert expanded[-len(arguments) :] == arguments
         assert expanded[: -len(arguments)] == recipe_arguments("demo")
@@ -114,7 +112,10 @@ def test_a_recipe_that_is_not_there_lists_those_that_are():
 
 
 def test_the_command_takes_a_recipe(tmp_path, capsys):
-    path = written(tmp_path / "own.yaml", yaml.safe_dump({**SMALL, "preset": "nano", "num_queries": 12}))
+    path = written(
+        tmp_path / "own.yaml",
+        yaml.safe_dump({**SMALL, "architecture": "deperceiver_v2", "preset": "nano", "num_queries": 12}),
+    )
     run = tmp_path / "run"
     arguments = ["train", "--recipe", path, "--no_pretrained_backbone", "--output_dir", str(run), "--max_steps", "1"]
     assert main(arguments) == 0
@@ -124,17 +125,10 @@ def test_the_command_takes_a_recipe(tmp_path, capsys):
 
 
 def test_options_are_the_run_s_own_file(tmp_path):
-    options = TrainingOptions(**SMALL, preset="nano", no_pretrained_backbone=True, output_dir=str(tmp_path))
+    model = {"architecture": "deperceiver_v2", "preset": "nano", "no_pretrained_backbone": True}
+    options = TrainingOptions(**SMALL, **model, output_dir=str(tmp_path))
     DetectionTrainer(options).train()
-    options = TrainingOptions(
-        **SMALL,
-        preset="nano",
-        no_pretrained_backbone=True,
-        output_dir=str(tmp_path),
-        overwrite_output_dir=True,
-        lr=1e-5,
-    )
-    DetectionTrainer(options)
+    DetectionTrainer(dataclasses.replace(options, overwrite_output_dir=True, lr=1e-5))
     assert yaml.safe_load((tmp_path / "options.yaml").read_text())["lr"] == 1e-5
 
 

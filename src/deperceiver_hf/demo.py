@@ -94,18 +94,17 @@ def run_demo(output_dir: str | Path, max_steps: int | None = None) -> DemoResult
 
     model_dir = training.last
     model, processor = load_detector(str(model_dir))
-    scenes = load_detection_data(options.dataset, "val", max_samples=NUM_VALIDATION_SCENES)
+    unseen = load_detection_data(options.dataset, "val", max_samples=NUM_VALIDATION_SCENES)
     # In float32 whatever the training left behind in the process, so that a second run says the same.
-    metrics = evaluate_detector(model, processor, scenes, mixed_precision="no").metrics
+    metrics = evaluate_detector(model, processor, unseen, mixed_precision="no").metrics
     metrics_file = output_dir / "metrics.json"
     write_json(metrics_file, metrics)
     shown = load_detection_data(options.dataset, "val", max_samples=8)
     rows = contact_sheet_rows(shown, detect(model_dir, shown), threshold=THRESHOLD, max_images=8)
     contact_sheet = output_dir / "contact_sheet.png"
     draw_contact_sheet(rows, shown.label_names, cell_width=320).save(contact_sheet)
-    return DemoResult(
-        trained_now, seconds / 60, options.max_train_samples, metrics, model_dir, contact_sheet, metrics_file
-    )
+    minutes, scenes = seconds / 60, options.max_train_samples
+    return DemoResult(trained_now, minutes, scenes, metrics, model_dir, contact_sheet, metrics_file)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
