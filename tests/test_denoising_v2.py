@@ -34,9 +34,9 @@ def test_number_of_groups(sizes, room, groups):
     queries = queries_of(random_labels(sizes), num_denoising_queries=room)
     most = max(*sizes, 1) if len(sizes) > 1 else sizes[0]
     assert queries.num_groups == groups
-    assert queries.class_labels.shape == queries.mask.shape == (len(sizes), 2 * groups * most)
+    assert queries.class_labels.shape == queries.is_query.shape == (len(sizes), 2 * groups * most)
     assert queries.boxes.shape == (len(sizes), 2 * groups * most, 4)
-    assert queries.mask.sum(1).tolist() == [2 * groups * size for size in sizes]
+    assert queries.is_query.sum(1).tolist() == [2 * groups * size for size in sizes]
     assert queries.class_labels.dtype == torch.long
     assert ((queries.class_labels >= 0) & (queries.class_labels < 5)).all()
 
@@ -164,15 +164,15 @@ def test_what_a_denoising_query_sees_is_the_image(images):
     assert (states - shifted).abs().max() > 1e-4
 
 
-def test_queries_that_are_none_change_nothing(images):
+def test_padding_queries_change_nothing(images):
     model = tiny_v2_model()
     labels = random_labels([3, 1])
     queries = queries_of(labels, num_denoising_queries=12)
-    shown = queries.mask[1]
+    shown = queries.is_query[1]
     assert shown.sum() == 4
     assert len(shown) == 12
-    noise = torch.where(queries.mask[..., None], queries.boxes, torch.rand(queries.boxes.shape))
-    classes = torch.where(queries.mask, queries.class_labels, (queries.class_labels + 1) % 5)
+    noise = torch.where(queries.is_query[..., None], queries.boxes, torch.rand(queries.boxes.shape))
+    classes = torch.where(queries.is_query, queries.class_labels, (queries.class_labels + 1) % 5)
     with torch.no_grad():
         expected = model.model(images, denoising=queries)
         found = model.model(images, denoising=queries._replace(boxes=noise, class_labels=classes))

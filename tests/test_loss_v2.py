@@ -38,19 +38,19 @@ def random_predictions(stages=1, batch=3, queries=6, classes=5, seed=0) -> Predi
     return Predictions(logits, torch.rand(stages, batch, queries, 4, generator=generator) * 0.5 + 0.1)
 
 
-def loss_of(blocks, labels, config=CONFIG, selection=None, query_mask=None, denoised=None, denoising=None):
+def loss_of(blocks, labels, config=CONFIG, selection=None, is_query=None, denoised=None, denoising=None):
     targets = prepare_targets(labels, blocks.logits.shape[1], CPU)
-    return detection_loss(selection, blocks, query_mask, denoised, denoising, targets, config)
+    return detection_loss(selection, blocks, is_query, denoised, denoising, targets, config)
 
 
-def match(predictions, labels, config=CONFIG, query_mask=None):
+def match(predictions, labels, config=CONFIG, is_query=None):
     return hungarian_match(
         *predictions,
         pad_targets(labels, CPU),
         config,
         num_classes=config.num_labels,
         class_cost_function=sigmoid_class_cost,
-        query_mask=query_mask,
+        is_query=is_query,
     )
 
 
@@ -153,14 +153,14 @@ def test_matching_is_one_to_one_and_of_least_cost():
 
 
 @pytest.mark.parametrize("objects", [2, 9])
-def test_hidden_queries_take_no_part(objects):
+def test_padding_queries_take_no_part(objects):
     """Whatever they predict, and also where there are fewer others than objects."""
     predictions, labels = random_predictions(batch=1), random_labels([objects])
     mask = torch.tensor([[True, False, True, True, False, True]])
     hidden = Predictions(*(values.clone() for values in predictions))
     hidden.logits[0, ~mask] = -1e4
     kept = Predictions(*(values[:, :, mask[0]] for values in predictions))
-    loss, terms = loss_of(hidden, labels, query_mask=mask)
+    loss, terms = loss_of(hidden, labels, is_query=mask)
     expected, expected_terms = loss_of(kept, labels)
     torch.testing.assert_close(loss, expected)
     for name, value in expected_terms.items():

@@ -16,8 +16,8 @@ from deperceiver_hf.models.layers_deperceiver_v2 import (
     DePerceiverV2PositionBias,
     PositionBias,
     key_features,
+    place_tokens,
     read_offsets,
-    token_features,
     wave_features,
 )
 from deperceiver_hf.models.tokens_deperceiver_v2 import TokenGeometry, locate_tokens
@@ -190,7 +190,7 @@ def test_cross_attention_is_attention_with_an_added_bias(padded, position_bias):
     latents, positions, boxes = torch.randn(1, 7, 24), torch.randn(1, 7, 24), torch.rand(1, 7, 4) * 0.5 + 0.2
     tokens, token_positions = torch.randn(1, num_tokens, 24), torch.randn(1, num_tokens, 24)
     with torch.no_grad():
-        key, value = key_values(tokens, token_positions, token_features(tokens, geometry, config))
+        key, value = key_values(tokens, token_positions, place_tokens(tokens, geometry, config))
         output, _ = attention(latents, positions, boxes, key, value, geometry)
 
         added = torch.zeros(1, 2, 7, num_tokens)
@@ -264,7 +264,7 @@ def test_every_latent_is_told_where_it_has_read():
     tokens = torch.randn(1, geometry.centers.shape[1], 24)
     latents, boxes = torch.randn(1, 7, 24), torch.rand(1, 7, 4) * 0.5 + 0.2
     with torch.no_grad():
-        key, value = key_values(tokens, tokens, token_features(tokens, geometry, config))
+        key, value = key_values(tokens, tokens, place_tokens(tokens, geometry, config))
         output, _ = attention(latents, latents, boxes, key, value, geometry)
         attention.offset_proj.weight.zero_()
         without, _ = attention(latents, latents, boxes, key, value, geometry)

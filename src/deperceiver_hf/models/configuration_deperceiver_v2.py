@@ -131,7 +131,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         "intermediate_boxes",
         "selection_logits",
         "selection_boxes",
-        "query_mask",
+        "is_query",
         "hidden_states",
         "attentions",
         "cross_attentions",

@@ -15,6 +15,7 @@ from einops import rearrange
 
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .matching_deperceiver import DetectionTargets, center_to_corners
+from .tokens_deperceiver_v2 import SelectedTokens
 
 
 class DenoisingQueries(NamedTuple):
@@ -23,20 +24,21 @@ class DenoisingQueries(NamedTuple):
     Attributes:
         class_labels (`torch.Tensor` of shape `(B, P)`): Classes that they are given, some of them wrong.
         boxes (`torch.Tensor` of shape `(B, P, 4)`): Noised boxes, (center x, center y, width, height) in [0, 1].
-        mask (`torch.Tensor` of shape `(B, P)`): `False` where an image has fewer objects than another.
+        is_query (`torch.Tensor` of shape `(B, P)`): `False` at padding queries, where an image has fewer objects than
+            another.
         num_groups (`int`): G.
     """
 
     class_labels: torch.Tensor
     boxes: torch.Tensor
-    mask: torch.Tensor
+    is_query: torch.Tensor
     num_groups: int
 
     def may_attend(self, num_latents: int) -> torch.Tensor:
         """Which of the P queries and the `num_latents` latents behind them `(1, 1, P + M, P + M)` see which: a query
         its own group and all latents, a latent no query."""
-        num_queries = self.mask.shape[1]
-        device = self.mask.device
+        num_queries = self.is_query.shape[1]
+        device = self.is_query.device
         group = torch.arange(num_queries, device=device) // (num_queries // self.num_groups)
         sees = torch.ones(num_queries + num_latents, num_queries + num_latents, dtype=torch.bool, device=device)
         sees[:, :num_queries] = False
@@ -44,8 +46,65 @@ class DenoisingQueries(NamedTuple):
         return sees[None, None]
 
 
+class LatentArray(NamedTuple):
+    """The array of M latents that the blocks work on: P denoising queries, if there are any, then Q object queries.
+
+    This order is known here and nowhere else: `join` makes it, and `split` takes apart what the blocks have made.
+
+    Attributes:
+        content (`torch.Tensor` of shape `(B, M, D)`): First states of the latents.
+        boxes (`torch.Tensor` of shape `(B, M, 4)`): First boxes, (center x, center y, width, height) in [0, 1].
+        is_query (`torch.Tensor` of shape `(B, M)`, *optional*): `False` at padding queries; `None` if there are none.
+        denoising (`DenoisingQueries`, *optional*): The denoising queries.
+    """
+
+    content: torch.Tensor
+    boxes: torch.Tensor
+    is_query: torch.Tensor | None
+    denoising: DenoisingQueries | None
+
+    @classmethod
+    def join(
+        cls, selected: SelectedTokens, denoising: DenoisingQueries | None, denoised: torch.Tensor | None
+    ) -> "LatentArray":
+        """The array of object queries and denoising queries, whose first states `(B, P, D)` are `denoised`."""
+        content, is_query = selected.content, selected.is_query
+        # Boxes of selected tokens learn from the loss of the selection, learned ones from that of the blocks.
+        boxes = selected.boxes if selected.logits is None else selected.boxes.detach()
+        if denoising is not None:
+            if is_query is None:
+                is_query = torch.ones_like(boxes[..., 0], dtype=torch.bool)
+            content = torch.cat((denoised.to(content.dtype), content), dim=1)
+            boxes = torch.cat((denoising.boxes, boxes), dim=1)
+            is_query = torch.cat((denoising.is_query, is_query), dim=1)
+        return cls(content, boxes, is_query, denoising)
+
+    @property
+    def num_denoising(self) -> int:
+        """P, 0 without denoising queries."""
+        return 0 if self.denoising is None else self.denoising.is_query.shape[1]
+
+    def self_attention_mask(self) -> torch.Tensor | None:
+        """Which latents see which, `(B, 1, 1 or M, M)`, `True` = attend: nobody sees a padding query, and a denoising
+        query is seen by its own group only. `None`: all see all."""
+        if self.is_query is None:
+            return None
+        is_key = self.is_query[:, None, None]  # (B, 1, 1, M)
+        if self.denoising is None:
+            return is_key
+        return self.denoising.may_attend(self.is_query.shape[1] - self.num_denoising) & is_key
+
+    def split(self, values: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Values `(B, L, M, ...)` after every block: those of the denoising queries `(B, L, P, ...)`, `None` if there
+        are none, and those of the object queries `(B, L, Q, ...)`."""
+        num_objects = values.shape[2] - self.num_denoising
+        denoising, objects = values.split((self.num_denoising, num_objects), dim=2)
+        return denoising if self.num_denoising else None, objects
+
+
 def object_targets(targets: DetectionTargets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Classes `(B, T)`, boxes `(B, T, 4)` and mask `(B, T)` of the objects, with T at least 1."""
+    """Classes `(B, T)` and boxes `(B, T, 4)` of the objects, and which are objects and no padding `(B, T)`; T is at
+    least 1."""
     class_labels, boxes = targets.class_labels, targets.boxes
     if class_labels.shape[1] == 0:
         class_labels, boxes = class_labels.new_zeros(len(boxes), 1), boxes.new_full((len(boxes), 1, 4), 0.5)
@@ -57,10 +116,10 @@ def object_targets(targets: DetectionTargets) -> tuple[torch.Tensor, torch.Tenso
 def make_denoising_queries(targets: DetectionTargets, config: DePerceiverV2Config) -> DenoisingQueries:
     """Noise the objects of a batch: as many groups as `num_denoising_queries` has room for, at least one.
 
-    Without any object there is one group of queries that are masked: with several processes every parameter has to
-    take part in every step.
+    Without any object there are padding queries only: with several processes every parameter has to take part in every
+    step.
     """
-    class_labels, boxes, mask = object_targets(targets)
+    class_labels, boxes, is_object = object_targets(targets)
     num_objects = class_labels.shape[1]
     num_groups = max(1, config.num_denoising_queries // (2 * num_objects))
 
@@ -86,6 +145,6 @@ def make_denoising_queries(targets: DetectionTargets, config: DePerceiverV2Confi
     return DenoisingQueries(
         class_labels=rearrange(labels, flat),
         boxes=rearrange(noised, "b g s t c -> b (g s t) c"),
-        mask=rearrange(copies(mask), flat),
+        is_query=rearrange(copies(is_object), flat),
         num_groups=num_groups,
     )

@@ -281,25 +281,30 @@ class DePerceiverV2CrossAttention(nn.Module):
         return read, weights
 
 
-class TokenFeatures(NamedTuple):
-    """Extra channels of the tokens, the same for all heads and blocks.
+class TokenPlaces(NamedTuple):
+    """Where the tokens are, in numbers and as extra channels of keys and values, which are the same for all heads and
+    blocks. Nothing of it carries a gradient.
 
     Attributes:
-        key (`torch.Tensor` of shape `(B or 1, N, F)`): Of the keys, for the positional bias.
-        value (`torch.Tensor` of shape `(B or 1, N, 8)`, *optional*): Of the values, to tell where a head has read.
+        geometry (`TokenGeometry`): In numbers.
+        for_keys (`torch.Tensor` of shape `(B or 1, N, F)`): Channels of the keys, for the positional bias.
+        for_values (`torch.Tensor` of shape `(B or 1, N, 8)`, *optional*): Channels of the values, to tell where a head
+            has read.
     """
 
-    key: torch.Tensor
-    value: torch.Tensor | None
+    geometry: TokenGeometry
+    for_keys: torch.Tensor
+    for_values: torch.Tensor | None
 
 
-def token_features(tokens: torch.Tensor, geometry: TokenGeometry, config: DePerceiverV2Config) -> TokenFeatures:
-    """Features of the tokens in the data type in which attention on `tokens` is computed here."""
+def place_tokens(tokens: torch.Tensor, geometry: TokenGeometry, config: DePerceiverV2Config) -> TokenPlaces:
+    """Places of the tokens, with channels in the data type in which attention on `tokens` is computed here."""
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-    return TokenFeatures(
-        key=key_features(geometry, config.num_feature_levels, dtype),
-        value=wave_features(geometry, dtype) if config.read_offsets else None,
+    return TokenPlaces(
+        geometry,
+        for_keys=key_features(geometry, config.num_feature_levels, dtype),
+        for_values=wave_features(geometry, dtype) if config.read_offsets else None,
     )
 
 
@@ -313,16 +318,16 @@ class DePerceiverV2KeyValues(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, features: TokenFeatures
+        self, tokens: torch.Tensor, positions: torch.Tensor, places: TokenPlaces
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys `(B, H, N, D / H + F)` and values `(B, H, N, D / H (+ 8))` of tokens `(B, N, D)`."""
         key, value = (
             rearrange(states, "b n (h d) -> b h n d", h=self.num_heads)
             for states in (self.k_proj(tokens + positions), self.v_proj(tokens))
         )
-        key = _append(key, features.key)
+        key = _append(key, places.for_keys)
         key = nn.functional.pad(key, (0, -key.shape[-1] % CHANNEL_MULTIPLE))
-        return key, value if features.value is None else _append(value, features.value)
+        return key, value if places.for_values is None else _append(value, places.for_values)
 
 
 def _append(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -359,21 +364,24 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         boxes: torch.Tensor,
         tokens: torch.Tensor,
         token_positions: torch.Tensor,
-        geometry: TokenGeometry,
-        features: TokenFeatures,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
+        *,
+        places: TokenPlaces,
         self_attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
+        What carries a gradient comes loose and by position: reentrant checkpointing follows gradients only of tensors
+        that are passed so, not of those inside of a tuple or behind a keyword.
+
         Args:
             latents (`torch.Tensor` of shape `(B, M, D)`): What reads.
             positions (`torch.Tensor` of shape `(B, M, D)`): Added to queries and keys.
             boxes (`torch.Tensor` of shape `(B, M, 4)`): Those of the latents.
             tokens, token_positions (`torch.Tensor` of shape `(B, N, D)`): What is read.
-            geometry (`TokenGeometry`), features (`TokenFeatures`): Where the tokens are.
             key, value: Those of the tokens, if all blocks share them.
+            places (`TokenPlaces`): Where the tokens are.
             self_attention_mask (`torch.Tensor` of shape `(B or 1, 1, 1 or M, M)`, *optional*): `True` = attend.
 
         Returns:
@@ -385,9 +393,9 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         )
         latents = latents + self.dropout(attended)
         if self.key_values is not None:
-            key, value = self.key_values(tokens, token_positions, features)
+            key, value = self.key_values(tokens, token_positions, places)
         read, _ = self.cross_attention(
-            self.cross_attention_norm(latents), positions, boxes, key, value, geometry, **kwargs
+            self.cross_attention_norm(latents), positions, boxes, key, value, places.geometry, **kwargs
         )
         latents = latents + self.dropout(read)
         return latents + self.dropout(self.mlp(self.mlp_norm(latents)))

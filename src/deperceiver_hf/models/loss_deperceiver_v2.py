@@ -86,7 +86,7 @@ def classification_loss(
 def detection_loss(
     selection: Predictions | None,
     blocks: Predictions,
-    query_mask: torch.Tensor | None,
+    is_query: torch.Tensor | None,
     denoised: Predictions | None,
     denoising: DenoisingQueries | None,
     targets: DetectionTargets,
@@ -97,7 +97,7 @@ def detection_loss(
     Args:
         selection (`Predictions` of one stage, *optional*): Of the selected tokens, before the first block.
         blocks (`Predictions`): Of every block.
-        query_mask (`torch.Tensor` of shape `(B, Q)`, *optional*): `False` at queries that are none.
+        is_query (`torch.Tensor` of shape `(B, Q)`, *optional*): `False` at padding queries.
         denoised (`Predictions`, *optional*): Of the denoising queries in every block.
         denoising (`DenoisingQueries`, *optional*): These queries.
         targets (`DetectionTargets`): Objects of the batch.
@@ -116,14 +116,14 @@ def detection_loss(
         # Before anything that can raise on one process only: the others would wait for it here.
         num_boxes = mean_boxes_per_process(sum(targets.sizes), blocks.logits.device)
         blocks = blocks.float()
-        terms, pairs = _set_terms(blocks, query_mask, targets, num_boxes, config)
+        terms, pairs = _set_terms(blocks, is_query, targets, num_boxes, config)
         names = [f"_{block}" for block in range(len(blocks.logits) - 1)] + [""]
         loss_dict = {"class_error": _class_error(blocks, targets, pairs)}
         for name, values in terms.items():
             loss_dict |= {name + suffix: value for suffix, value in zip(names, values.detach(), strict=True)}
         total = weighted_sum(terms, config)
         if selection is not None:
-            terms, _ = _set_terms(selection.float(), query_mask, targets, num_boxes, config)
+            terms, _ = _set_terms(selection.float(), is_query, targets, num_boxes, config)
             loss_dict |= {f"{name}_selection": values.detach().sum() for name, values in terms.items()}
             total = total + weighted_sum(terms, config)
         if denoised is not None:
@@ -155,7 +155,7 @@ def weighted_sum(terms: Mapping[str, torch.Tensor], config: DePerceiverV2Config)
 
 def _set_terms(
     stages: Predictions,
-    query_mask: torch.Tensor | None,
+    is_query: torch.Tensor | None,
     targets: DetectionTargets,
     num_boxes: torch.Tensor,
     config: DePerceiverV2Config,
@@ -167,17 +167,17 @@ def _set_terms(
         config,
         num_classes=config.num_labels,
         class_cost_function=sigmoid_class_cost,
-        query_mask=query_mask,
+        is_query=is_query,
     )
-    if query_mask is not None:
-        pairs = _drop_hidden(pairs, query_mask)
+    if is_query is not None:
+        pairs = _drop_padding(pairs, is_query)
     return _matched_terms(stages, targets, pairs, num_boxes, config), pairs
 
 
-def _drop_hidden(pairs: MatchedPairs, query_mask: torch.Tensor) -> MatchedPairs:
-    """Only those pairs whose query is one: an image of fewer tokens than objects leaves objects unmatched."""
-    shown = query_mask[pairs.image, pairs.query]
-    return MatchedPairs(*(indices[shown] for indices in pairs))
+def _drop_padding(pairs: MatchedPairs, is_query: torch.Tensor) -> MatchedPairs:
+    """The pairs without those of padding queries: an image of fewer tokens than objects leaves objects unmatched."""
+    real = is_query[pairs.image, pairs.query]
+    return MatchedPairs(*(indices[real] for indices in pairs))
 
 
 def _matched_terms(
@@ -213,9 +213,9 @@ def _denoising_terms(
     """Positive queries know their object, negative ones have none; the mean over the groups."""
     class_labels, boxes, _ = object_targets(targets)
     num_objects = class_labels.shape[1]
-    positive = torch.arange(denoising.mask.shape[1], device=boxes.device) // num_objects % 2 == 0  # (P,)
-    shown = denoising.mask.float()  # (B, P)
-    matched = shown * positive
+    positive = torch.arange(denoising.is_query.shape[1], device=boxes.device) // num_objects % 2 == 0  # (P,)
+    is_query = denoising.is_query.float()  # (B, P)
+    matched = is_query * positive
     repeats = 2 * denoising.num_groups
     class_labels, boxes = class_labels.repeat(1, repeats), boxes.repeat(1, repeats, 1)  # (B, P), (B, P, 4)
 
@@ -224,7 +224,7 @@ def _denoising_terms(
     one_hot = nn.functional.one_hot(class_labels, config.num_labels) * matched[..., None]  # (B, P, C)
     losses = classification_loss(denoised.logits, one_hot.expand_as(denoised.logits), iou, config)
     return {
-        "loss_class": (losses * shown[..., None]).sum((1, 2, 3)) / num_boxes,
+        "loss_class": (losses * is_query[..., None]).sum((1, 2, 3)) / num_boxes,
         "loss_bbox": ((denoised.boxes - boxes).abs().sum(-1) * matched).sum((1, 2)) / num_boxes,
         "loss_giou": ((1 - giou) * matched).sum((1, 2)) / num_boxes,
     }

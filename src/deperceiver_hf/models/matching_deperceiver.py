@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from transformers import PreTrainedConfig
 
-HIDDEN_COST = 1e6  # of a query that is none, for every object
+PADDING_COST = 1e6  # of giving any object to a padding query
 
 
 class DetectionTargets(NamedTuple):
@@ -136,7 +136,7 @@ def hungarian_match(
     *,
     num_classes: int | None = None,
     class_cost_function: Callable[[torch.Tensor, PreTrainedConfig], torch.Tensor] = softmax_class_cost,
-    query_mask: torch.Tensor | None = None,
+    is_query: torch.Tensor | None = None,
 ) -> MatchedPairs:
     """Match predictions and objects one to one at the least total cost, in every layer and image by itself.
 
@@ -149,8 +149,8 @@ def hungarian_match(
         config (`PreTrainedConfig`): Gives `class_cost`, `bbox_cost`, `giou_cost`.
         num_classes (`int`, *optional*): How many of the logits are classes; by default all but the last.
         class_cost_function: Cost of each class for given logits; by default minus the softmax.
-        query_mask (`torch.Tensor` of shape `(B, Q)`, *optional*): `False` at queries that get an object only where
-            there are more objects than other queries.
+        is_query (`torch.Tensor` of shape `(B, Q)`, *optional*): `False` at padding queries, which get an object
+            only where there are more objects than other queries.
 
     Raises:
         FloatingPointError: Predictions or target boxes are not finite; says which.
@@ -167,8 +167,8 @@ def hungarian_match(
     }
     labels_in_range = targets._replace(class_labels=class_labels.clamp(0, num_classes - 1))
     cost = matching_cost(logits, pred_boxes, labels_in_range, config, class_cost_function)
-    if query_mask is not None:  # all objects alike, so that these queries have no part in who gets which of the others
-        cost = cost.masked_fill(~query_mask[..., None], HIDDEN_COST)
+    if is_query is not None:  # all objects alike, so that padding has no part in who gets which of the others
+        cost = cost.masked_fill(~is_query[..., None], PADDING_COST)
     # One copy brings the costs and the verdicts on the inputs to the host.
     flags = torch.stack(list(problems.values())).to(cost.dtype)
     on_host = torch.cat((flags, cost.flatten())).cpu()

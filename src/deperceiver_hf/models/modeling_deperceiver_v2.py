@@ -27,27 +27,26 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
 from .backbone_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .configuration_deperceiver_v2 import DePerceiverV2Config
-from .denoising_deperceiver_v2 import DenoisingQueries, make_denoising_queries
+from .denoising_deperceiver_v2 import DenoisingQueries, LatentArray, make_denoising_queries
 from .layers_deperceiver_v2 import (
     DePerceiverV2Block,
     DePerceiverV2BoxPosition,
     DePerceiverV2CrossAttention,
     DePerceiverV2KeyValues,
     DePerceiverV2PositionBias,
-    token_features,
+    place_tokens,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
 from .tokens_deperceiver_v2 import (
     DePerceiverV2InputAdapter,
     DePerceiverV2LearnedQueries,
     DePerceiverV2TokenSelector,
-    SelectedTokens,
     inverse_sigmoid,
     locate_tokens,
 )
 
 PRIOR_LOGIT = -4.6  # of a probability of 0.01, which a new model gives to every class (Lin et al. 2017, section 4.1)
-NO_OBJECT_LOGIT = -1e4  # of a latent that an image of few tokens has no token for; within the range of float16
+NO_OBJECT_LOGIT = -1e4  # of every class at a padding query (see `SelectedTokens`); within the range of float16
 
 
 @auto_docstring(custom_intro="Output of [`DePerceiverV2Model`].")
@@ -64,8 +63,8 @@ class DePerceiverV2ModelOutput(ModelOutput):
         Class logits of the tokens that the object latents were made from.
     selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
         Boxes of the object latents before the first block.
-    query_mask (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
-        `False` where a padded image has fewer tokens than the batch has object latents.
+    is_query (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
+        `False` at padding queries: a padded image has fewer tokens than the batch has object latents.
     denoising_hidden_states (`torch.Tensor` of shape `(batch_size, layers, num_denoising, d_model)`, *optional*):
         Denoising queries after every block.
     denoising_boxes (`torch.Tensor` of shape `(batch_size, layers, num_denoising, 4)`, *optional*):
@@ -85,7 +84,7 @@ class DePerceiverV2ModelOutput(ModelOutput):
     intermediate_boxes: torch.Tensor | None = None
     selection_logits: torch.Tensor | None = None
     selection_boxes: torch.Tensor | None = None
-    query_mask: torch.Tensor | None = None
+    is_query: torch.Tensor | None = None
     denoising_hidden_states: torch.Tensor | None = None
     denoising_boxes: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -119,8 +118,8 @@ class DePerceiverV2ObjectDetectionOutput(ModelOutput):
         Class logits of the tokens that the object latents were made from.
     selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
         Boxes of the object latents before the first block.
-    query_mask (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
-        `False` where a padded image has fewer tokens than the batch has object latents.
+    is_query (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
+        `False` at padding queries: a padded image has fewer tokens than the batch has object latents.
     hidden_states (`tuple(torch.Tensor)`, *optional*):
         All latents before the first and after every block.
     attentions (`tuple(torch.Tensor)`, *optional*):
@@ -139,7 +138,7 @@ class DePerceiverV2ObjectDetectionOutput(ModelOutput):
     intermediate_boxes: torch.Tensor | None = None
     selection_logits: torch.Tensor | None = None
     selection_boxes: torch.Tensor | None = None
-    query_mask: torch.Tensor | None = None
+    is_query: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -257,19 +256,13 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         feature_maps = self.backbone(pixel_values, pixel_mask)
         geometry = locate_tokens(feature_maps, self.backbone.strides, pixel_values.shape[-2:], pixel_mask)
         tokens, token_positions = self.input_adapter(feature_maps, geometry)
-        features = token_features(tokens, geometry, self.config)
+        places = place_tokens(tokens, geometry, self.config)
         selected = self.queries(tokens, geometry)
+        denoised = None if denoising is None else self.denoising_classes(denoising.class_labels)
+        array = LatentArray.join(selected, denoising, denoised)
+        key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, places)
 
-        latents = selected.content
-        # Boxes of selected tokens learn from the loss of the selection, learned ones from that of the blocks.
-        boxes = selected.boxes if selected.logits is None else selected.boxes.detach()
-        self_attention_mask = None
-        if denoising is not None:
-            denoised = self.denoising_classes(denoising.class_labels).to(latents.dtype)
-            self_attention_mask = denoising.may_attend(latents.shape[1])
-            latents, boxes = torch.cat((denoised, latents), dim=1), torch.cat((denoising.boxes, boxes), dim=1)
-        self_attention_mask = self._hide_latents(self_attention_mask, selected, denoising)
-        key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, features)
+        latents, boxes, self_attention_mask = array.content, array.boxes, array.self_attention_mask()
         hidden_states, pred_boxes = [], []
         for layer, bbox_predictor in zip(self.layers, self.bbox_predictors, strict=True):
             latents = layer(
@@ -278,11 +271,10 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
                 boxes,
                 tokens,
                 token_positions,
-                geometry,
-                features,
                 key,
                 value,
-                self_attention_mask,
+                places=places,
+                self_attention_mask=self_attention_mask,
                 **kwargs,
             )
             states = self.norm(latents)
@@ -291,35 +283,19 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             pred_boxes.append(refined)
             boxes = refined.detach()
 
-        num_denoising = 0 if denoising is None else denoising.mask.shape[1]
-        num_objects = boxes.shape[1] - num_denoising
         # Images first: `pipeline` takes every output of a batch apart by its first dimension.
-        denoised_states, states = torch.stack(hidden_states, dim=1).split((num_denoising, num_objects), dim=2)
-        denoised_boxes, object_boxes = torch.stack(pred_boxes, dim=1).split((num_denoising, num_objects), dim=2)
+        denoising_states, object_states = array.split(torch.stack(hidden_states, dim=1))
+        denoising_boxes, object_boxes = array.split(torch.stack(pred_boxes, dim=1))
         return DePerceiverV2ModelOutput(
-            last_hidden_state=states[:, -1],
-            intermediate_hidden_states=states,
+            last_hidden_state=object_states[:, -1],
+            intermediate_hidden_states=object_states,
             intermediate_boxes=object_boxes,
             selection_logits=selected.logits,
             selection_boxes=selected.boxes,
-            query_mask=selected.mask,
-            denoising_hidden_states=denoised_states if num_denoising else None,
-            denoising_boxes=denoised_boxes if num_denoising else None,
+            is_query=selected.is_query,
+            denoising_hidden_states=denoising_states,
+            denoising_boxes=denoising_boxes,
         )
-
-    def _hide_latents(
-        self, mask: torch.Tensor | None, selected: SelectedTokens, denoising: DenoisingQueries | None
-    ) -> torch.Tensor | None:
-        """Exclude from the mask of the self-attention `(B or 1, 1, M, M)` latents that are none."""
-        if selected.mask is None and denoising is None:
-            return mask
-        shown = selected.mask
-        if shown is None:
-            shown = torch.ones(selected.content.shape[:2], dtype=torch.bool, device=selected.content.device)
-        if denoising is not None:
-            shown = torch.cat((denoising.mask, shown), dim=1)
-        keys = shown[:, None, None]  # (B, 1, 1, M)
-        return keys if mask is None else mask & keys
 
 
 @auto_docstring(custom_intro="DePerceiver v2 with a class head on every object latent.")
@@ -367,14 +343,14 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
             if self.training and self.config.num_denoising_queries:
                 denoising = make_denoising_queries(targets, self.config)
         outputs = self.model(pixel_values, pixel_mask, denoising, **kwargs)
-        logits = self._classify(outputs.intermediate_hidden_states, outputs.query_mask)  # (L, B, Q, C)
+        logits = self._classify(outputs.intermediate_hidden_states, outputs.is_query)  # (L, B, Q, C)
         pred_boxes = outputs.intermediate_boxes.transpose(0, 1)  # (L, B, Q, 4)
 
         loss = loss_dict = auxiliary_outputs = None
         if targets is not None:
             selection = denoised = None
             if outputs.selection_logits is not None:
-                selection_logits = _hide(outputs.selection_logits, outputs.query_mask)
+                selection_logits = _silence_padding(outputs.selection_logits, outputs.is_query)
                 selection = Predictions(selection_logits[None], outputs.selection_boxes[None])
             if denoising is not None:
                 denoised = Predictions(
@@ -383,7 +359,7 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
             loss, loss_dict = detection_loss(
                 selection,
                 Predictions(logits, pred_boxes),
-                outputs.query_mask,
+                outputs.is_query,
                 denoised,
                 denoising,
                 targets,
@@ -403,18 +379,18 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
             **shown,
         )
 
-    def _classify(self, hidden_states: torch.Tensor, query_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def _classify(self, hidden_states: torch.Tensor, is_query: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `(L, B, Q, C)` of the states `(B, L, Q, D)` of every block."""
         logits = [
             classifier(states)
             for classifier, states in zip(self.class_labels_classifiers, hidden_states.unbind(1), strict=True)
         ]
-        return _hide(torch.stack(logits), query_mask)
+        return _silence_padding(torch.stack(logits), is_query)
 
 
-def _hide(logits: torch.Tensor, query_mask: torch.Tensor | None) -> torch.Tensor:
-    """Logits `(..., B, Q, C)` that say of latents `(B, Q)` which are none that they are nothing."""
-    return logits if query_mask is None else logits.masked_fill(~query_mask[..., None], NO_OBJECT_LOGIT)
+def _silence_padding(logits: torch.Tensor, is_query: torch.Tensor | None) -> torch.Tensor:
+    """Logits `(..., B, Q, C)` with no class at padding queries, where `is_query` `(B, Q)` is `False`."""
+    return logits if is_query is None else logits.masked_fill(~is_query[..., None], NO_OBJECT_LOGIT)
 
 
 # `pipeline("object-detection")` logs an error for any class name that is not in these tables. They are entered here

@@ -135,13 +135,14 @@ class SelectedTokens(NamedTuple):
         content (`torch.Tensor` of shape `(B, Q, D)`): Their first states.
         boxes (`torch.Tensor` of shape `(B, Q, 4)`): Their first boxes, (center x, center y, width, height) in [0, 1].
         logits (`torch.Tensor` of shape `(B, Q, C)`, *optional*): What the selection takes them for.
-        mask (`torch.Tensor` of shape `(B, Q)`, *optional*): `False` where an image has fewer tokens than latents.
+        is_query (`torch.Tensor` of shape `(B, Q)`, *optional*): `False` at padding queries, which stand for padding as
+            the image has fewer tokens than the batch has latents; `None` where no image is padded.
     """
 
     content: torch.Tensor
     boxes: torch.Tensor
     logits: torch.Tensor | None
-    mask: torch.Tensor | None
+    is_query: torch.Tensor | None
 
 
 class DePerceiverV2TokenSelector(nn.Module):
@@ -175,9 +176,9 @@ class DePerceiverV2TokenSelector(nn.Module):
         anchors = torch.cat((centers, ANCHOR_SIDE * cells), dim=-1)
         memory = gather_rows(memory, chosen)
         boxes = (self.bbox_predictor(memory).float() + inverse_sigmoid(anchors)).sigmoid()
-        mask = None if geometry.mask is None else geometry.mask.gather(1, chosen)
+        is_query = None if geometry.mask is None else geometry.mask.gather(1, chosen)
         content = self.content_norm(self.content(memory.detach()))
-        return SelectedTokens(content, boxes, gather_rows(logits, chosen), mask)
+        return SelectedTokens(content, boxes, gather_rows(logits, chosen), is_query)
 
 
 class DePerceiverV2LearnedQueries(nn.Module):
