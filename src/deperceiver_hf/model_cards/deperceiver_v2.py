@@ -247,11 +247,14 @@ def _without_labels(config: DePerceiverV2Config) -> dict:
 def _training_command(preset: str, output_dir: str) -> str:
     lines = (
         "accelerate launch --multi_gpu --num_processes 4 scripts/train.py",
-        f"--architecture deperceiver_v2 --preset {preset} --dataset path/to/coco --output_dir {output_dir}",
-        "--lr 1e-4 --lr_backbone 1e-5 --warmup_steps 1000 --lr_scheduler wsd --epochs 50",
-        "--batch_size 4 --num_workers 4 --use_bfloat",
+        f"{_recipe(preset)} --dataset path/to/coco --output_dir {output_dir}",
     )
     return " \\\n    ".join(lines)
+
+
+def _recipe(preset: str) -> str:
+    """The options that train a preset on COCO: a recipe, that of the base size for those that have none."""
+    return f"--recipe coco-v2-{preset}" if preset in ("base", "large") else f"--recipe coco-v2-base --preset {preset}"
 
 
 def _rows(cells: Iterable[Sequence[str]]) -> str:
