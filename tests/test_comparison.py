@@ -259,6 +259,12 @@ def test_fields_of_the_configuration_come_after_shared_ones():
     assert made.config == ["dropout=0.2", "init_std=0.5", "dropout=0.1"]
 
 
+def test_a_saved_model_of_any_architecture_can_be_compared():
+    options = parse_arguments(command(Path("out"), "detr,model=there", "--steps 1", "--dataset synthetic"))
+    made = options.training_options(options.models[0], Path("out"), 1e-3, 0, steps=1)
+    assert (made.architecture, made.model) == ("detr", "there")
+
+
 @pytest.mark.parametrize(
     ("models", "rest", "message"),
     [

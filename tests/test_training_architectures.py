@@ -152,7 +152,7 @@ def test_fine_tuning_with_other_classes(tmp_path, architecture):
     assert (model.config.num_labels, model.config.num_queries) == (2, 20)
     build_model(tiny_options(tmp_path, {"model": source, "architecture": architecture}), NAMES)
     other = "detr" if architecture != "detr" else "d_fine"
-    with pytest.raises(ValueError, match=f"is a {architecture}, not --architecture {other}"):
+    with pytest.raises(ValueError, match=f"is a {architecture}, not a {other}"):
         build_model(tiny_options(tmp_path, {"model": source, "architecture": other}), NAMES)
     before, after = saved.state_dict(), model.state_dict()
     fresh = {name for name in before.keys() & after.keys() if before[name].shape != after[name].shape}
@@ -377,7 +377,7 @@ def test_config_that_makes_no_sense_is_refused(tmp_path, architecture, setting, 
         ({"architecture": "d_fine", "gradient_checkpointing": True}, "--gradient_checkpointing"),
         ({"architecture": "detr", "multiscale": True}, "--multiscale"),
         ({"architecture": "deperceiver_v2", "enc_layers": 2}, "--enc_layers"),
-        ({"preset": "nano"}, "--preset: .*deperceiver_v2 only"),
+        ({"architecture": "deperceiver", "preset": "nano"}, "--preset: .*deperceiver_v2 only"),
         ({"model": "there", "config": ["dropout=0"]}, "--config: describes a new model"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from deperceiver_hf import DePerceiverForObjectDetection
+from deperceiver_hf import DePerceiverV2ForObjectDetection
 from deperceiver_hf.training import (
     DetrForObjectDetection,
     TrainingOptions,
@@ -76,7 +76,8 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("flags", CONFIGURATIONS)
 def test_flags_reach_the_configuration(flags):
-    config = ARCHITECTURES["deperceiver"].make_config(parse_arguments(flags.split()), NAMES)
+    options = parse_arguments(["--architecture", "deperceiver", *flags.split()])
+    config = ARCHITECTURES["deperceiver"].make_config(options, NAMES)
     expected = CONFIGURATIONS[flags]
     assert {name: getattr(config, name) for name in expected} == expected
 
@@ -137,7 +138,10 @@ def test_weights_of_the_backbone(flags, weights):
         ("--enc_layers 3", "--architecture detr, deformable_detr, rt_detr_v2 or d_fine only"),
         ("--model there --multiscale --backbone resnet18", "--backbone, --multiscale"),
         ("--multiscale --downsample_factor 8", "8, 16 and 32"),
-        ("--no_aux_loss --dec_layers 4", "single cross-attention"),
+        ("--architecture deperceiver --no_aux_loss --dec_layers 4", "single cross-attention"),
+        ("--num_latents 5", "the default is deperceiver_v2: add --architecture deperceiver."),
+        ("--no_aux_loss", "the default is deperceiver_v2: add --architecture deperceiver, or another of them."),
+        ("--architecture deperceiver_v2 --num_latents 5", "is an option of --architecture deperceiver only.\n"),
         ("--pretrained_backbone x --no_pretrained_backbone", "contradicts"),
         ("--lr_scheduler cosine --lr_drop 3", "--lr_scheduler step"),
         ("--lr_scheduler cosine --decay_fraction 0.2", "--lr_scheduler wsd"),
@@ -160,7 +164,7 @@ def test_options_that_make_no_sense_are_refused_in_one_line(capsys, flags, messa
     with pytest.raises(SystemExit) as ended:
         parse_arguments(flags.split())
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines(keepends=True)[-1]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +277,7 @@ def test_every_documented_flag_exists_and_every_flag_is_documented():
     assert set(TrainingOptions.__dataclass_fields__) <= mentioned
 
 
-def test_deperceiver_is_the_default():
-    options = tiny_options(Path("unused"))
-    assert isinstance(build_model(options, NAMES), DePerceiverForObjectDetection)
+def test_the_second_architecture_is_the_default():
+    assert TrainingOptions().architecture == "deperceiver_v2"
+    tiny = {"preset": "nano", "backbone": "test_resnet", "no_pretrained_backbone": True}
+    assert isinstance(build_model(tiny_options(Path("unused"), tiny), NAMES), DePerceiverV2ForObjectDetection)

@@ -8,6 +8,7 @@ from typing import Any
 from deperceiver_hf.training import TrainingOptions
 
 TINY_DEPERCEIVER = {
+    "architecture": "deperceiver",
     "backbone": "test_resnet",
     "no_pretrained_backbone": True,
     "num_latents": 8,

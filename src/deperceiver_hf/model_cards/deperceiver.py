@@ -281,6 +281,6 @@ def _training_command(config: DePerceiverConfig, output_dir: str) -> str | None:
     elif config.decoder_layers != 3:
         options.append(f"--dec_layers {config.decoder_layers}")
     options += ["--epochs 50", "--lr_drop 33", "--batch_size 2", "--num_workers 3", "--amp"]
-    lines = ["accelerate launch --multi_gpu --num_processes 4 scripts/train.py"]
+    lines = ["accelerate launch --multi_gpu --num_processes 4 scripts/train.py --architecture deperceiver"]
     lines += [" ".join(options[start : start + 4]) for start in range(0, len(options), 4)]
     return " \\\n    ".join(lines)

@@ -99,8 +99,8 @@ def _load_model(options: TrainingOptions, label_names: list[str]) -> PreTrainedM
         raise ValueError(f"--model {options.model} is of type {config.model_type}; {known} can be trained.")
     if options.architecture not in (None, config.model_type):
         raise ValueError(
-            f"--model {options.model} is a {config.model_type}, not --architecture {options.architecture}; leave "
-            f"--architecture away."
+            f"--model {options.model} is a {config.model_type}, not a {options.architecture}: give --architecture "
+            f"{config.model_type} or none."
         )
     options.check_architecture(config.model_type)
     architecture = ARCHITECTURES[config.model_type]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ..declaration import Options, declared, listed, option
 
-DEFAULT_ARCHITECTURE = "deperceiver"
+DEFAULT_ARCHITECTURE = "deperceiver_v2"
 DEFAULT_IMAGE_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
 OF_TRANSFORMERS = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
 
@@ -22,9 +22,9 @@ class ModelOptions(Options):
     _argument_group_name = "model"
 
     architecture: str | None = option(
-        f"Kind of model; {DEFAULT_ARCHITECTURE} if not given. {listed(OF_TRANSFORMERS, 'and')} train transformers' "
-        "models on the same backbone, data and schedule, for comparison: detr with DePerceiver's loss, the others "
-        "with their own.",
+        f"Kind of model; {DEFAULT_ARCHITECTURE} if not given. deperceiver is the original's. "
+        f"{listed(OF_TRANSFORMERS, 'and')} train transformers' models on the same backbone, data and schedule, for "
+        "comparison: detr with DePerceiver's loss, the others with their own.",
         comparison_hint="name it in --models",
     )
     preset: str | None = option(
@@ -45,7 +45,9 @@ class ModelOptions(Options):
         comparison_hint="write model=... in --models",
     )
     backbone: str | None = option(
-        "Name of a timm model that returns feature maps; resnet50 if not given.", new_model_only=True
+        "Name of a timm model that returns feature maps; if not given, the preset's in deperceiver_v2, resnet50 "
+        "elsewhere.",
+        new_model_only=True,
     )
     pretrained_backbone: str | None = option(
         "Weights a new model's backbone starts from: a timm model with its tag, or a local file. "
@@ -56,7 +58,8 @@ class ModelOptions(Options):
         "Start the backbone of a new model from random weights.", False, new_model_only=True
     )
     downsample_factor: Literal[4, 8, 16, 32] | None = option(
-        "Pixels per cell of the feature map that the tokens come from; 32 if not given, or the preset's.",
+        "Pixels per cell of the feature map that the tokens come from; if not given, the preset's in deperceiver_v2, "
+        "32 elsewhere.",
         of=("deperceiver", "deperceiver_v2", "detr"),
         new_model_only=True,
     )
@@ -102,8 +105,8 @@ class ModelOptions(Options):
         new_model_only=True,
     )
     dec_layers: int | None = option(
-        "Decoder layers; 3 if not given, 6 for transformers' models, the preset's for deperceiver_v2. A DePerceiver "
-        "with --no_aux_loss has one cross-attention instead.",
+        "Decoder layers; if not given, the preset's in deperceiver_v2, 3 in deperceiver, 6 in transformers' models. A "
+        "deperceiver with --no_aux_loss has one cross-attention instead.",
         at_least=1,
         new_model_only=True,
     )
@@ -114,13 +117,13 @@ class ModelOptions(Options):
         new_model_only=True,
     )
     hidden_dim: int | None = option(
-        "Width of tokens, latents and queries; 256 if not given, the preset's for deperceiver_v2.",
+        "Width of tokens, latents and queries; if not given, the preset's in deperceiver_v2, 256 elsewhere.",
         at_least=1,
         new_model_only=True,
     )
     nheads: int | None = option(
-        "Heads of self-attention in DePerceiver, of every attention elsewhere; 8 if not given, the preset's for "
-        "deperceiver_v2.",
+        "Heads of self-attention in deperceiver, of every attention elsewhere; if not given, the preset's in "
+        "deperceiver_v2, 8 elsewhere.",
         at_least=1,
         new_model_only=True,
     )
@@ -130,8 +133,8 @@ class ModelOptions(Options):
         at_least=0,
     )
     num_queries: int | None = option(
-        "Object queries, the most objects found in an image; if not given, 100 in DePerceiver and DETR, the preset's "
-        "for deperceiver_v2, 300 elsewhere.",
+        "Object queries, the most objects found in an image; if not given, the preset's in deperceiver_v2, 100 in "
+        "deperceiver and DETR, 300 elsewhere.",
         at_least=1,
     )
     no_aux_loss: bool = option(
@@ -141,7 +144,7 @@ class ModelOptions(Options):
         new_model_only=True,
     )
     set_cost_class: float | None = option(
-        "Weight of the classification in the matching; 1 if not given, 2 in deperceiver_v2, RT-DETRv2 and D-FINE.",
+        "Weight of the classification in the matching; if not given, 1 in deperceiver and DETR, 2 elsewhere.",
         at_least=0,
     )
     set_cost_bbox: float | None = option("Weight of the L1 distance in the matching; 5 if not given.", at_least=0)
