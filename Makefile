@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint format clean
 
-# Trains on synthetic scenes (at most 5 minutes on 2 cores), evaluates, detects. The second run keeps what was trained.
+# Trains 1,500 steps on synthetic scenes, evaluates, detects. After Ctrl-C a second run goes on; then it keeps the model.
 demo: $(INSTALLED)
 	$(BIN)/deperceiver demo --output_dir outputs/demo
 
