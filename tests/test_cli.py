@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from deperceiver_hf import cli, evaluation_job
+from deperceiver_hf import cli
 from deperceiver_hf.cli import COMMANDS, main
 from deperceiver_hf.errors import FailedRunError, UserError
+from deperceiver_hf.evaluation import job as evaluation_job
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SCRIPT_OF = {"convert": "convert_original_checkpoint.py", "cards": "make_model_cards.py"}
@@ -144,7 +145,7 @@ def test_errors_and_their_codes(ended, capsys, error, code, line):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a mistake"), ImportError("no such name", name="deperceiver_hf.evaluation_job")]
+    "error", [RuntimeError("a mistake"), ImportError("no such name", name="deperceiver_hf.evaluation.job")]
 )
 def test_mistakes_of_the_program_are_not_hidden(ended, error):
     with pytest.raises(type(error)):
