@@ -46,6 +46,14 @@ class BenchmarkReport:
         rows = [[name, *(column(row) for column in self.columns.values())] for name, row in self.rows.items()]
         return f"{settings}\n\n{markdown_table(['model', *self.columns], rows)}"
 
+    def summary(self) -> str:
+        """The report as text."""
+        return self.markdown()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for JSON, without the titles of the table."""
+        return {"kind": self.kind, "settings": self.settings, "models": self.rows}
+
     def write(self, path: str | os.PathLike) -> None:
         """Write JSON or Markdown, by the suffix of a path that `check_output` has passed."""
         if Path(path).suffix == ".json":
