@@ -92,7 +92,7 @@ def test_report_has_the_numbers_of_the_runs(finished):
             ]
             assert 0 < run.curve[0].seconds < run.curve[1].seconds == pytest.approx(run.seconds, abs=1e-3)
             left = {path.name for path in directory.iterdir()} - {".lock"}
-            assert left == {"last", "metrics.jsonl", "run.json", "summary.json"}
+            assert left == {"last", "metrics.jsonl", "options.yaml", "run.json", "summary.json"}
     assert rows["mine"]["parameters"] != rows["detr"]["parameters"]
     assert min(row["flops"] for row in rows.values()) > 1e6
     assert report["failures"] == []

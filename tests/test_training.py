@@ -12,15 +12,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from torch.optim.lr_scheduler import StepLR
+from torchvision import tv_tensors
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from deperceiver_hf.backbone_weights import IMAGENET_PREPROCESSING
 from deperceiver_hf.evaluation.evaluator import EvaluationResult
 from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
 from deperceiver_hf.training.optimization import create_scheduler, learning_rates
-from training_runs import TINY_DETR, read_log, tiny_options
+from deperceiver_hf.training.setup import TrainingData, create_accelerator
+from training_runs import TINY_DEPERCEIVER, TINY_DETR, read_log, tiny_options
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 
@@ -272,6 +276,62 @@ def test_best_models_are_kept_ready_to_use(tmp_path, scripted_ap):
     assert model.config.id2label == run.data.train.id2label
     processor = AutoImageProcessor.from_pretrained(tmp_path / "best")
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (64, 107)
+
+
+def test_saved_processor_normalises_as_the_backbone_expects_and_fine_tuning_keeps_that(tmp_path, caplog):
+    half, usual = ([0.5, 0.5, 0.5],) * 2, (IMAGENET_PREPROCESSING["image_mean"], IMAGENET_PREPROCESSING["image_std"])
+
+    def train(name, model=TINY_DEPERCEIVER, **options):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            DetectionTrainer(tiny_options(tmp_path / name, model, max_steps=1, **options)).train()
+        processor = AutoImageProcessor.from_pretrained(tmp_path / name / "last")
+        return list(processor.image_mean), list(processor.image_std)
+
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)  # timm's own weights of it expect 0.5
+    pretrained = {**TINY_DEPERCEIVER, "no_pretrained_backbone": False, "pretrained_backbone": str(weights)}
+    assert train("pretrained", pretrained) == half
+    assert caplog.text.count("Images are normalised as the backbone's weights expect, by mean") == 1
+    assert train("tuned", {"model": str(tmp_path / "pretrained" / "last")}) == half
+    assert train("random") == usual
+    assert "normalised" not in caplog.text
+    assert train("random, tuned", {"model": str(tmp_path / "random" / "last")}) == usual
+
+
+def test_state_of_other_preprocessing_is_not_resumed(tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    pretrained = {**TINY_DEPERCEIVER, "no_pretrained_backbone": False, "pretrained_backbone": str(weights)}
+    DetectionTrainer(tiny_options(tmp_path / "run", pretrained, max_steps=1)).train()
+    (state,) = (tmp_path / "run").glob("state-*/training_state.json")
+    content = json.loads(state.read_text())
+    assert content["fingerprint"].pop("image_mean") == [0.5, 0.5, 0.5]
+    state.write_text(json.dumps(content))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="image_mean was None and is"):
+        DetectionTrainer(tiny_options(tmp_path / "run", pretrained, max_steps=2, resume="auto"))
+
+
+def test_training_resizes_as_the_processor(tmp_path):
+    sample = {
+        "image": tv_tensors.Image(torch.randint(256, (3, 90, 120), dtype=torch.uint8)),
+        "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(90, 120)),
+        "labels": torch.zeros(0, dtype=torch.long),
+        "area": torch.zeros(0),
+        "iscrowd": torch.zeros(0, dtype=torch.bool),
+    }
+    resized = {}
+    for backbone in ("test_resnet", "test_efficientnet"):
+        model = {**TINY_DEPERCEIVER, "backbone": backbone, "no_pretrained_backbone": False}
+        options = tiny_options(tmp_path, model, pretrained_backbone="weights.pth", augmentation="none")
+        data = TrainingData.load(options, create_accelerator(options))
+        prepared = data.image_processor(sample["image"], do_rescale=False, do_normalize=False, return_tensors="pt")
+        resized[backbone] = data.dataset.transforms(sample)["image"].float()
+        torch.testing.assert_close(resized[backbone], prepared["pixel_values"][0], atol=1, rtol=0)
+    bilinear, bicubic = resized.values()
+    assert (bilinear - bicubic).abs().max() > 5
 
 
 @pytest.mark.parametrize(

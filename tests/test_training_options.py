@@ -10,7 +10,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from deperceiver_hf import DePerceiverV2ForObjectDetection
+import deperceiver_hf
+from deperceiver_hf import DePerceiverV2ForObjectDetection, backbone_preprocessing
+from deperceiver_hf.backbone_weights import IMAGENET_PREPROCESSING
+from deperceiver_hf.errors import UserError
 from deperceiver_hf.training import (
     DetrForObjectDetection,
     TrainingOptions,
@@ -19,6 +22,7 @@ from deperceiver_hf.training import (
     parse_arguments,
 )
 from deperceiver_hf.training.architectures import ARCHITECTURES
+from deperceiver_hf.training.architectures.options import OF_TRANSFORMERS
 from deperceiver_hf.training.arguments import make_parser
 from deperceiver_hf.training.building import backbone_parameters, pretrained_backbone_name
 from training_runs import TINY_DEPERCEIVER, TINY_DETR, tiny_options
@@ -179,6 +183,62 @@ def test_options_that_make_no_sense_are_refused_in_one_line(capsys, flags, messa
 def test_image_processor_has_the_size_of_training(flags, size):
     processor = build_image_processor(parse_arguments(flags.split()))
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == size
+
+
+HALF = [0.5, 0.5, 0.5]
+BILINEAR, BICUBIC = 2, 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "half", "resample"),
+    [
+        ("", False, BILINEAR),  # as the original
+        ("--pretrained_backbone there.pth", False, BILINEAR),
+        ("--pretrained_backbone resnet50.a1_in1k", False, BICUBIC),
+        ("--backbone tf_efficientnet_lite0", True, BICUBIC),
+        ("--backbone tf_efficientnet_lite0 --pretrained_backbone there.pth", True, BICUBIC),
+        ("--backbone tf_efficientnet_lite0 --no_pretrained_backbone", False, BILINEAR),
+        ("--backbone inception_v4 --pretrained_backbone unknown", True, BICUBIC),
+        ("--architecture deperceiver_v2 --preset nano", True, BILINEAR),
+        ("--architecture deperceiver_v2 --preset small", False, BILINEAR),
+        *((f"--architecture {name} --backbone test_resnet", True, BILINEAR) for name in OF_TRANSFORMERS),
+        *((f"--architecture {name}", False, BILINEAR) for name in OF_TRANSFORMERS),
+    ],
+)
+def test_images_are_prepared_as_the_weights_expect(flags, half, resample):
+    processor = build_image_processor(parse_arguments(flags.split()))
+    usual = IMAGENET_PREPROCESSING
+    mean, std = (HALF, HALF) if half else (usual["image_mean"], usual["image_std"])
+    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == (mean, std, resample)
+
+
+def test_preprocessing_of_weights(tmp_path):
+    usual = {name: IMAGENET_PREPROCESSING[name] for name in ("image_mean", "image_std")}
+    assert backbone_preprocessing() == backbone_preprocessing(None) == {**usual, "resample": BILINEAR}
+    assert backbone_preprocessing("resnet50") == {**usual, "resample": BICUBIC}  # timm's weights, not torchvision's
+    half = {"image_mean": HALF, "image_std": HALF}
+    assert backbone_preprocessing("tf_efficientnet_lite0.in1k") == {**half, "resample": BICUBIC}
+    file = tmp_path / "weights"
+    file.touch()
+    assert backbone_preprocessing(file, "resnet50") == {**usual, "resample": BILINEAR}
+    assert backbone_preprocessing(file, "test_resnet") == {**half, "resample": BILINEAR}
+    for unknown in (file, tmp_path / "missing.pth", tmp_path):
+        with pytest.raises(UserError, match="name the timm `backbone`"):
+            backbone_preprocessing(unknown)
+    with pytest.raises(UserError, match=r"no weights 'resnet50\.no_such_tag'"):
+        backbone_preprocessing("resnet50.no_such_tag")
+    with pytest.raises(OSError, match="could not be had"):
+        backbone_preprocessing("hf-hub:timm/no_such_model")  # offline in tests
+    deperceiver_hf.DePerceiverImageProcessor(image_mean=HALF, image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
+    saved = backbone_preprocessing(tmp_path)
+    assert saved == {"image_mean": HALF, "image_std": [0.2, 0.3, 0.4], "resample": BILINEAR}
+
+
+def test_unknown_weights_are_refused_by_the_model(tmp_path):
+    options = parse_arguments(["--pretrained_backbone", "no_such_model", "--num_latents", "4"])
+    build_image_processor(options)
+    with pytest.raises(UserError, match="neither a file nor a model of timm"):
+        build_model(options, NAMES)
 
 
 @pytest.mark.parametrize("tiny", [TINY_DEPERCEIVER, TINY_DETR], ids=["deperceiver", "detr"])

@@ -6,7 +6,7 @@ Importing the package registers its classes with transformers' Auto classes and 
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 
-from .backbone_weights import create_model
+from .backbone_weights import backbone_preprocessing, create_model
 from .conversion.original_checkpoint import load_original
 from .models.configuration_deperceiver import DePerceiverConfig
 from .models.configuration_deperceiver_v2 import DePerceiverV2Config
@@ -51,6 +51,7 @@ __all__ = [
     "DePerceiverV2ImageProcessorPil",
     "DePerceiverV2Model",
     "DePerceiverV2PreTrainedModel",
+    "backbone_preprocessing",
     "create_model",
     "load_original",
 ]

@@ -7,10 +7,14 @@ transformers itself would leave the backbone random.
 
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, AutoBackbone, PreTrainedModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.utils import logging
 
 from .errors import UserError
@@ -19,6 +23,23 @@ from .models.configuration_backbone_deperceiver import DePerceiverBackboneConfig
 logger = logging.get_logger(__name__)
 
 DEFAULT_PRETRAINED_BACKBONE = "resnet50.tv_in1k"  # torchvision's ImageNet weights, which the original started from
+TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+IMAGENET_PREPROCESSING = {
+    "image_mean": list(IMAGENET_DEFAULT_MEAN),
+    "image_std": list(IMAGENET_DEFAULT_STD),
+    "resample": PILImageResampling.BILINEAR,
+}
+"""What the image processors do by themselves, and the original did."""
+
+_FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# By timm's names; its others, such as "random", are taken for bilinear.
+_RESAMPLING = {"bilinear": PILImageResampling.BILINEAR, "bicubic": PILImageResampling.BICUBIC}
+
+
+def default_weights(backbone: str) -> str:
+    """Name of the weights that a timm backbone starts from if none are named: torchvision's for its ResNets, as in the
+    original, timm's own choice for all others."""
+    return f"{backbone}.tv_in1k" if backbone in TORCHVISION_RESNETS else backbone
 
 
 def create_model(
@@ -32,6 +53,8 @@ def create_model(
             weights of the same architecture (such as `"resnet50.tv_in1k"`), or a file with its state dict
             (`.safetensors`, `.pth`, `.bin`). For another backbone, a Hub id or directory that
             `AutoBackbone.from_pretrained` takes. `None` leaves the backbone random.
+
+    Images must be prepared as the weights expect it: see [`backbone_preprocessing`].
 
     Raises:
         OSError: The weights cannot be downloaded or read.
@@ -47,6 +70,59 @@ def create_model(
         return model
     load_backbone_weights(model.model.backbone.model, pretrained_backbone)
     return model
+
+
+def backbone_preprocessing(
+    pretrained_backbone: str | PathLike | None = DEFAULT_PRETRAINED_BACKBONE, backbone: str | None = None
+) -> dict[str, Any]:
+    """How images are to be prepared for pretrained weights: arguments for an image processor.
+
+    ```python
+    weights = "tf_efficientnet_lite0.in1k"
+    config = DePerceiverConfig(backbone="tf_efficientnet_lite0")
+    model = create_model(config, weights)
+    image_processor = DePerceiverImageProcessor(**backbone_preprocessing(weights))
+    ```
+
+    Nothing is downloaded for weights of timm's own list: timm knows the data configuration of each.
+
+    Args:
+        pretrained_backbone (`str` or `PathLike`, *optional*): As for [`create_model`]; `None`, a random backbone,
+            takes ImageNet's numbers.
+        backbone (`str`, *optional*): Name of the timm backbone that the weights are for. What timm does not know, such
+            as a local file, is taken to expect what the default weights of this backbone expect.
+
+    Returns:
+        `image_mean`, `image_std` (lists of a number per channel) and `resample`.
+
+    Raises:
+        ValueError: timm has no such weights of a model that it has, or nothing is known of them and no `backbone`.
+        OSError: The weights are on the Hub (`hf-hub:...`) or in a directory of timm's (`local-dir:...`), and their
+            configuration cannot be had.
+    """
+    if pretrained_backbone is None:
+        return {**IMAGENET_PREPROCESSING}
+    source = str(pretrained_backbone)
+    data_config = _timm_data_config(source)
+    if data_config is None and backbone is not None:
+        data_config = _timm_data_config(default_weights(backbone))
+    if data_config is not None:
+        return {
+            "image_mean": [float(value) for value in data_config["mean"]],
+            "image_std": [float(value) for value in data_config["std"]],
+            "resample": _RESAMPLING.get(data_config["interpolation"], IMAGENET_PREPROCESSING["resample"]),
+        }
+    if backbone is not None:
+        logger.warning(f"timm has no data configuration of {backbone!r}: images are normalised by ImageNet's.")
+        return {**IMAGENET_PREPROCESSING}
+    # A backbone of transformers: its image processor may be saved beside it.
+    saved = {} if _is_file_name(source) else get_image_processor_config(source)
+    if not saved.keys() >= {"image_mean", "image_std"}:
+        raise UserError(
+            f"nothing says how images are to be prepared for the weights {source!r}: name the timm `backbone` that "
+            f"they are for, or a model that an image processor is saved with."
+        )
+    return IMAGENET_PREPROCESSING | {name: saved[name] for name in IMAGENET_PREPROCESSING if name in saved}
 
 
 def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> None:
@@ -73,6 +149,33 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> 
     target.load_state_dict(usable, strict=False)
 
 
+def _is_file_name(source: str) -> bool:
+    return Path(source).suffix in _FILE_SUFFIXES or Path(source).is_file()
+
+
+def _timm_data_config(source: str) -> dict[str, Any] | None:
+    """timm's data configuration of weights; `None` for a file, and for what timm does not know."""
+    if _is_file_name(source):
+        return None
+    scheme, _, name = source.partition(":")
+    try:
+        if scheme in ("hf-hub", "hf_hub"):
+            pretrained_config = timm.models.load_model_config_from_hf(name)[0]
+        elif scheme == "local-dir":
+            pretrained_config = timm.models._hub.load_model_config_from_path(name)[0]
+        else:
+            known = timm.models.get_pretrained_cfg(source)
+            pretrained_config = known and known.to_dict()
+    except RuntimeError as error:  # a tag that the model does not have
+        raise UserError(f"timm has no weights {source!r}: {error} See `timm.list_models(pretrained=True)`.") from error
+    except Exception as error:  # huggingface_hub raises many kinds, offline ones among them
+        raise OSError(
+            f"the data configuration of the weights {source!r} could not be had ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no message'})."
+        ) from error
+    return resolve_data_config(pretrained_cfg=pretrained_config) if pretrained_config else None
+
+
 def _describe(backbone: PreTrainedModel) -> str:
     return repr(getattr(backbone.config, "backbone", None) or backbone.config.model_type)
 
@@ -93,7 +196,7 @@ def _read_timm_weights(backbone: PreTrainedModel, source: str | PathLike) -> dic
             return weights
         # A classifier's names have dots where a feature extractor's have underscores (`stages.0` / `stages_0`).
         return {_feature_net_name(name, feature_net): tensor for name, tensor in weights.items()}
-    if Path(source).suffix in (".safetensors", ".pth", ".pt", ".bin"):
+    if Path(source).suffix in _FILE_SUFFIXES:
         raise FileNotFoundError(f"there is no file {str(source)!r} with backbone weights.")
     try:
         pretrained = timm.create_model(
@@ -135,4 +238,11 @@ def _read_transformers_weights(backbone: PreTrainedModel, source: str | PathLike
         ) from error
 
 
-__all__ = ["DEFAULT_PRETRAINED_BACKBONE", "create_model", "load_backbone_weights"]
+__all__ = [
+    "DEFAULT_PRETRAINED_BACKBONE",
+    "IMAGENET_PREPROCESSING",
+    "backbone_preprocessing",
+    "create_model",
+    "default_weights",
+    "load_backbone_weights",
+]

@@ -57,7 +57,7 @@ class BenchmarkReport:
     def write(self, path: str | os.PathLike) -> None:
         """Write JSON or Markdown, by the suffix of a path that `check_output` has passed."""
         if Path(path).suffix == ".json":
-            write_json(path, {"kind": self.kind, "settings": self.settings, "models": self.rows})
+            write_json(path, self.to_dict())
             return
         with atomic_path(path) as temporary:
             temporary.write_text(f"{self.markdown()}\n", encoding="utf-8")

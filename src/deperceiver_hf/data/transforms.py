@@ -12,7 +12,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
-from transformers.image_utils import SizeDict
+from transformers.image_utils import PILImageResampling, SizeDict
 
 from ..errors import UserError
 from ..models.detection_processing_deperceiver import resized_size
@@ -27,6 +27,12 @@ _CROP_SIDES = (384, 600)
 # Before a crop the original does not bound the longest edge: 1 x 2000 pixels would become 400 x 800,000.
 _LONGEST_BEFORE_CROP = 8 * _REFERENCE_LONGEST
 
+_INTERPOLATIONS = {
+    PILImageResampling.NEAREST: v2.InterpolationMode.NEAREST_EXACT,
+    PILImageResampling.BICUBIC: v2.InterpolationMode.BICUBIC,
+    PILImageResampling.LANCZOS: v2.InterpolationMode.BICUBIC,  # torchvision has none for tensors
+}
+
 LEAST_VISIBLE_AREA = 0.25
 """Of an object's box, as a fraction: what `crop` leaves less of is no target any more, since it is hard to tell."""
 
@@ -36,7 +42,10 @@ _COLOUR_JITTER = 0.2  # of brightness, contrast and saturation; a change of hue 
 
 
 def make_train_transforms(
-    augmentation: str = "original", shortest_edge: int = 800, longest_edge: int | None = None
+    augmentation: str = "original",
+    shortest_edge: int = 800,
+    longest_edge: int | None = None,
+    resample: int = PILImageResampling.BILINEAR,
 ) -> v2.Compose:
     """The training transforms up to, and including, the resize.
 
@@ -50,6 +59,7 @@ def make_train_transforms(
             without an up (microscopy, aerial views): with vertical flips and, of square images, transpositions too.
         shortest_edge: of the image processor, in pixels; all sizes of the original are scaled in proportion to it.
         longest_edge: bound of the longest edge after the resize; by default 1333/800 of the shortest.
+        resample: of the image processor, as Pillow counts it, so that training resizes as evaluation does.
 
     Crowds are dropped first, boxes without area last; the area becomes that of the box.
     """
@@ -60,14 +70,16 @@ def make_train_transforms(
     longest_edge = _scaled(_REFERENCE_LONGEST, shortest_edge) if longest_edge is None else longest_edge
     if longest_edge < shortest_edge:
         raise UserError(f"longest_edge must be at least the shortest_edge {shortest_edge}, got {longest_edge}")
+    interpolation = _INTERPOLATIONS.get(resample, v2.InterpolationMode.BILINEAR)
 
     if augmentation == "original":
-        resize = RandomShortestEdge([_scaled(size, shortest_edge) for size in _SCALES], longest_edge)
+        resize = RandomShortestEdge([_scaled(size, shortest_edge) for size in _SCALES], longest_edge, interpolation)
         crop = v2.Compose(
             [
                 RandomShortestEdge(
                     [_scaled(size, shortest_edge) for size in _SCALES_BEFORE_CROP],
                     max(longest_edge, _scaled(_LONGEST_BEFORE_CROP, shortest_edge)),
+                    interpolation,
                 ),
                 RandomSizeCrop(*(_scaled(side, shortest_edge) for side in _CROP_SIDES)),
                 resize,
@@ -79,12 +91,12 @@ def make_train_transforms(
         steps = [
             v2.RandomHorizontalFlip(0.5),
             *(turns if augmentation == "crop_any_orientation" else []),
-            RandomZoom(SizeDict(shortest_edge=shortest_edge, longest_edge=longest_edge)),
+            RandomZoom(SizeDict(shortest_edge=shortest_edge, longest_edge=longest_edge), interpolation),
             v2.ColorJitter(brightness=_COLOUR_JITTER, contrast=_COLOUR_JITTER, saturation=_COLOUR_JITTER),
         ]
     else:
         flip = [v2.RandomHorizontalFlip(0.5)] if augmentation == "flip" else []
-        steps = [*flip, RandomShortestEdge([shortest_edge], longest_edge)]
+        steps = [*flip, RandomShortestEdge([shortest_edge], longest_edge, interpolation)]
     return v2.Compose([DropCrowds(), *steps, v2.ClampBoundingBoxes(), DropEmptyBoxes()])
 
 
@@ -136,16 +148,18 @@ class RandomZoom(v2.Transform):
     Objects of which less than `LEAST_VISIBLE_AREA` is left are dropped. `size` is that of the image processor.
     """
 
-    def __init__(self, size: SizeDict):
+    def __init__(self, size: SizeDict, interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR):
         super().__init__()
         self.size = size
+        self.interpolation = interpolation
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
         height, width = sample["image"].shape[-2:]
         size = resized_size((height, width), self.size)
         if float(torch.rand(())) < _CROP_PROBABILITY:
             sample = self._crop(sample, height, width)
-        return {**sample, **{key: F.resize(sample[key], size) for key in ("image", "boxes")}}
+        resized = {key: F.resize(sample[key], size, self.interpolation) for key in ("image", "boxes")}
+        return {**sample, **resized}
 
     def _crop(self, sample: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         scale = _LEAST_CROP + (1 - _LEAST_CROP) * float(torch.rand(()))

@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from ..errors import refused_fields_as_user_errors
+from ..backbone_weights import IMAGENET_PREPROCESSING, backbone_preprocessing, default_weights
+from ..errors import UserError, refused_fields_as_user_errors
 from ..saved_models import require_model_source
 from .architectures import ARCHITECTURES
 from .architectures.architecture import as_declared, label_fields
 from .architectures.options import DEFAULT_IMAGE_SIZE
 from .arguments import TrainingOptions
 
-TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+logger = logging.get_logger(__name__)
 
 
 def build_model(
@@ -52,15 +54,41 @@ def build_model(
 
 
 def build_image_processor(options: TrainingOptions) -> Any:
-    """The processor that is saved with the model: it holds the size that the model is trained for."""
+    """The processor that is saved with the model: it holds the size that the model is trained for.
+
+    That of a new model prepares images as the weights of its backbone expect it, see `preprocessing_of_new_model`;
+    that of a saved model stays as it is but for the size.
+
+    Raises:
+        ValueError: The options describe no possible model, or timm has no such weights.
+        OSError: A saved model or the configuration of weights on the Hub cannot be read.
+    """
     if options.model is None:
-        processor = ARCHITECTURES[options.architecture].image_processor_class()
+        processor = ARCHITECTURES[options.architecture].image_processor_class(**preprocessing_of_new_model(options))
     else:
         require_model_source(options.model)
         processor = AutoImageProcessor.from_pretrained(options.model)
     size = DEFAULT_IMAGE_SIZE | {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
     processor.size = type(processor.size)(**options.image_size(size))
     return processor
+
+
+def preprocessing_of_new_model(options: TrainingOptions) -> dict[str, Any]:
+    """Mean, standard deviation and resampling that the weights of a new model's backbone expect.
+
+    Torchvision's weights of a ResNet, the default, expect what the original does: ImageNet's numbers and bilinear.
+    A backbone of transformers takes them from the image processor that is saved with its weights, if there is one.
+    """
+    config = ARCHITECTURES[options.architecture].make_config(options, ["object"])
+    weights = pretrained_backbone_name(options, config)
+    backbone = getattr(config.backbone_config, "backbone", None)
+    try:
+        return backbone_preprocessing(weights, backbone)
+    except (UserError, OSError) as error:
+        if backbone is not None:
+            raise
+        logger.warning(f"Images are normalised by ImageNet's mean and standard deviation: {error}")
+        return {**IMAGENET_PREPROCESSING}
 
 
 def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig) -> str | None:
@@ -83,7 +111,7 @@ def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig)
             f"no weights are known for a backbone of type {config.backbone_config.model_type}: give "
             f"--pretrained_backbone or --no_pretrained_backbone."
         )
-    return f"{backbone}.tv_in1k" if backbone in TORCHVISION_RESNETS else backbone
+    return default_weights(backbone)
 
 
 def backbone_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

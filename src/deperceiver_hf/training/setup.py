@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
+from ..backbone_weights import IMAGENET_PREPROCESSING
 from ..data import (
     DetectionCollator,
     DetectionData,
@@ -73,8 +75,16 @@ class TrainingData:
             )
             require_same_labels(train, evaluation)
         image_processor = build_image_processor(options)
+        unusual = _unusual_preprocessing(options, image_processor)
+        if unusual.keys() & {"image_mean", "image_std"}:
+            logger.info(
+                f"Images are normalised as the backbone's weights expect, by mean {image_processor.image_mean} and "
+                f"standard deviation {image_processor.image_std}."
+            )
         size = image_processor.size
-        transforms = make_train_transforms(options.augmentation, size.shortest_edge, size.longest_edge)
+        transforms = make_train_transforms(
+            options.augmentation, size.shortest_edge, size.longest_edge, image_processor.resample
+        )
         dataset = DetectionDataset(train, transforms, seed=options.seed, cache_images=options.cache_images)
         sampler = TrainingBatchSampler(
             dataset,
@@ -90,6 +100,17 @@ class TrainingData:
         """This process's batches of an epoch, but for the first `skip`."""
         self.sampler.set_epoch(epoch, skip=skip)
         return make_loader(self.dataset, self.sampler, self.collate, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def _unusual_preprocessing(options: TrainingOptions, image_processor: Any) -> dict[str, Any]:
+    """What a new model's backbone wants otherwise than the original's in how images are prepared."""
+    if options.model is not None:
+        return {}
+    return {
+        name: getattr(image_processor, name)
+        for name, usual in IMAGENET_PREPROCESSING.items()
+        if np.any(np.not_equal(getattr(image_processor, name), usual))
+    }
 
 
 def create_accelerator(options: TrainingOptions) -> Accelerator:
@@ -141,5 +162,7 @@ def make_fingerprint(options: TrainingOptions, data: TrainingData, accelerator: 
     content = {"training images": len(data.dataset), "classes": data.train.label_names}
     if is_synthetic(options.dataset):  # a directory may have moved, scenes are what their name says
         content["scenes"] = options.dataset
+    # Only what is unusual: earlier states, which know nothing of it, can be resumed if their images stay the same.
+    content |= _unusual_preprocessing(options, data.image_processor)
     run = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
     return json.loads(json.dumps({**fixed, **run, **content}))
