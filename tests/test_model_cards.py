@@ -15,6 +15,7 @@ from deperceiver_hf.benchmarks.variants import deperceiver_v2_variant, deperceiv
 from deperceiver_hf.model_cards import CARDS, MEASURED_FILE, make_model_card, read_evaluation, write_model_cards
 from deperceiver_hf.model_cards.deperceiver import PAPER_RESULTS
 from deperceiver_hf.training import ARCHITECTURES, parse_arguments
+from deperceiver_hf.training.recipes import with_recipe
 
 ROOT = Path(__file__).parents[1]
 DIRECTORY = ROOT / "model_cards"
@@ -85,7 +86,11 @@ def test_cards_have_metadata_and_no_unmeasured_figure(cards):
 def test_training_command_makes_the_configuration_of_the_card(cards, key):
     text = (cards / f"{CARDS[key].name}.md").read_text()
     command = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ").split()
-    options = parse_arguments(command[command.index("scripts/train.py") + 1 :])
+    arguments = with_recipe(command[command.index("scripts/train.py") + 1 :])
+    if "--recipe" in arguments:  # which is expanded now
+        at = arguments.index("--recipe")
+        del arguments[at : at + 2]
+    options = parse_arguments(arguments)
     make_config = ARCHITECTURES[options.architecture].make_config
     trained, expected = make_config(options, [f"class {index}" for index in range(91)]), CARDS[key].config()
     for config in (trained, expected):
