@@ -235,7 +235,9 @@ def test_preprocessing_of_weights(tmp_path):
 
 
 def test_unknown_weights_are_refused_by_the_model(tmp_path):
-    options = parse_arguments(["--pretrained_backbone", "no_such_model", "--num_latents", "4"])
+    options = parse_arguments(
+        ["--pretrained_backbone", "no_such_model", "--architecture", "deperceiver", "--num_latents", "4"]
+    )
     build_image_processor(options)
     with pytest.raises(UserError, match="neither a file nor a model of timm"):
         build_model(options, NAMES)
