@@ -13,7 +13,7 @@ import yaml
 
 from deperceiver_hf.cli import main
 from deperceiver_hf.errors import UserError
-from deperceiver_hf.training import DetectionTrainer, TrainingOptions
+from deperceiver_hf.training import DetectionTrainer, TrainingOptions, parse_arguments
 from deperceiver_hf.training.recipes import (
     read_recipe,
     recipe_arguments,
@@ -89,6 +89,34 @@ def test_what_stands_beside_a_recipe_wins_in_any_order():
 
 
 @pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--recipe coco-deperceiver --lr_scheduler wsd", {"lr_scheduler": "wsd", "lr_drop": None}),
+        ("--recipe coco-deperceiver --lr_scheduler step", {"lr_drop": 33}),
+        ("--recipe coco-deperceiver --mixed_precision no", {"mixed_precision": "no", "amp": False}),
+        ("--recipe coco-deperceiver --multiscale", {"multiscale": True, "downsample_factor": None}),
+        ("--recipe coco-deperceiver --dec_layers 2", {"dec_layers": 2, "no_aux_loss": False}),
+        ("--recipe coco-deperceiver --architecture detr", {"num_latents": None, "downsample_factor": 16}),
+        ("--recipe coco-deperceiver --architecture rt_detr_v2 --amp false", {"no_aux_loss": False, "amp": False}),
+        ("--recipe blood-cells --pretrained_backbone FILE", {"no_pretrained_backbone": False, "preset": "nano"}),
+        ("--recipe blood-cells --eval_steps 7", {"eval_steps": 7, "eval_every": 1}),
+        ("--recipe blood-cells --model DIR --lr 1e-3", {"preset": None, "lr": 1e-3, "max_minutes": 20}),
+    ],
+)
+def test_what_stands_beside_a_recipe_wins_over_what_would_contradict_it(line, expected):
+    arguments = line.split()
+    options = parse_arguments(with_recipe(arguments)[: -len(arguments)] + arguments[2:])
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_contradictions_beside_a_recipe_are_still_refused(capsys):
+    arguments = ["--recipe", "coco-deperceiver", "--lr_scheduler", "wsd", "--lr_drop", "3"]
+    with pytest.raises(SystemExit):
+        parse_arguments(with_recipe(arguments)[: -len(arguments)] + arguments[2:])
+    assert "--lr_drop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("lrr: 1", "did you mean lr"),
@@ -104,6 +132,12 @@ def test_what_stands_beside_a_recipe_wins_in_any_order():
 def test_recipes_that_make_no_sense_are_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         recipe_options(written(tmp_path / "own.yaml", text))
+
+
+def test_words_that_older_yaml_takes_for_booleans_are_words(tmp_path):
+    path = written(tmp_path / "own.yaml", "mixed_precision: no\nmultiscale: true\narchitecture: deperceiver_v2\n")
+    options = recipe_options(path)
+    assert (options.mixed_precision, options.multiscale) == ("no", True)
 
 
 def test_a_recipe_that_is_not_there_lists_those_that_are():
