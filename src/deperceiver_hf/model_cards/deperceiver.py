@@ -13,9 +13,11 @@ from ..benchmarks.variants import PAPER_NUM_LATENTS, SCALES, deperceiver_variant
 from ..data.coco_categories import COCO_CATEGORIES
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.modeling_deperceiver import DePerceiverForObjectDetection
+from ..training.recipes import read_recipe
 from .evaluations import METRIC_NAMES, Evaluation, card_metadata
 from .tables import IMAGE_SIZE, cost_table, describe_backbone, plural
 
+RECIPE = "coco-deperceiver"
 # "DePerceiver: Improving Small Object Detection in DETR", COCO val2017, 50 epochs, ResNet-50.
 PAPER_RESULTS = {
     "DETR (stride 32)": (34.1, 54.9, 35.3, 13.2, 36.5, 53.0),
@@ -85,8 +87,8 @@ gradients clipped to a norm of 0.1, two images per GPU. The backbone starts from
 stage and all batch normalisation stay as they are.
 {%- if config.num_latents != paper_num_latents %}
 
-The original's commands train 1024 latents unless told otherwise; the paper states {{ paper_num_latents }}, for which
-set `--num_latents {{ paper_num_latents }}`.
+The original's commands train 1024 latents unless told otherwise; the paper states {{ paper_num_latents }}, which
+the recipe has: leave out `--num_latents`.
 {%- endif %}
 {%- else -%}
 The options of `scripts/train.py` do not describe this configuration; build it in Python.
@@ -253,14 +255,15 @@ def _describe_paper(scale: str | None) -> str:
 
 
 def _training_command(config: DePerceiverConfig, output_dir: str) -> str | None:
-    """The original's recipe, with the options of `scripts/train.py` that make this configuration."""
+    """The original's recipe, with the options that make this configuration where it differs."""
+    recipe = read_recipe(RECIPE)
     options = ["--dataset path/to/coco", f"--output_dir {output_dir}"]
     if config.feature_strides == SCALES["multiscale"]:
         options.append("--multiscale")
-    elif config.num_feature_levels == 1:
-        options.append(f"--downsample_factor {config.feature_strides[0]}")
-    else:
+    elif config.num_feature_levels != 1:
         return None
+    elif config.feature_strides[0] != recipe["downsample_factor"]:
+        options.append(f"--downsample_factor {config.feature_strides[0]}")
     if config.d_latents != config.d_model or config.backbone_config.model_type != "timm_backbone":
         return None
     if config.dilation:
@@ -268,7 +271,7 @@ def _training_command(config: DePerceiverConfig, output_dir: str) -> str | None:
     described = {
         "backbone": (config.backbone_config.backbone, "resnet50"),
         "position_embedding": (config.position_embedding_type, "sine"),
-        "num_latents": (config.num_latents, 1024),
+        "num_latents": (config.num_latents, recipe["num_latents"]),
         "enc_blocks": (config.num_blocks, 3),
         "enc_layers_per_block": (config.num_self_attends_per_block, 6),
         "nheads": (config.num_self_attention_heads, 8),
@@ -276,11 +279,8 @@ def _training_command(config: DePerceiverConfig, output_dir: str) -> str | None:
         "num_queries": (config.num_queries, 100),
     }
     options += [f"--{name} {value}" for name, (value, default) in described.items() if value != default]
-    if config.decoder_type == "cross_attention":
-        options.append("--no_aux_loss")
-    elif config.decoder_layers != 3:
+    if config.decoder_type != "cross_attention":
         options.append(f"--dec_layers {config.decoder_layers}")
-    options += ["--epochs 50", "--lr_drop 33", "--batch_size 2", "--num_workers 3", "--amp"]
-    lines = ["accelerate launch --multi_gpu --num_processes 4 scripts/train.py --architecture deperceiver"]
+    lines = [f"accelerate launch --multi_gpu --num_processes 4 scripts/train.py --recipe {RECIPE}"]
     lines += [" ".join(options[start : start + 4]) for start in range(0, len(options), 4)]
     return " \\\n    ".join(lines)
