@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 
 from deperceiver_hf import machine
 from deperceiver_hf.machine import (
+    AttentionShape,
     choose_precision,
+    choose_threads,
     computes_in_bfloat16,
     describe_machine,
+    fastest_attention,
     find_device,
     make_accelerator,
 )
@@ -127,3 +131,56 @@ def test_description_names_device_threads_and_versions():
     assert description["threads"] == torch.get_num_threads()
     assert description["torch"] == torch.__version__.split("+")[0] or description["torch"] == torch.__version__
     assert description["device"].startswith("cpu (")
+
+
+def test_the_faster_one_is_taken_and_the_first_of_equals(monkeypatch):
+    def wait(seconds: float):
+        return lambda: time.sleep(seconds)
+
+    assert machine._fastest({"a": wait(0.02), "b": wait(0.001)}, 3) == "b"
+    assert machine._fastest({"a": wait(0.001), "b": wait(0.02)}, 3) == "a"
+    monkeypatch.setattr(machine, "CLEARLY_FASTER", 0.0)
+    assert machine._fastest({"a": wait(0.02), "b": wait(0.001)}, 3) == "a"
+
+
+def test_attention_is_measured_once_for_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = []
+
+    def measure(shape, dtype):
+        measured.append(shape)
+        return "eager"
+
+    monkeypatch.setattr(machine, "_measure_attention", measure)
+    shape = AttentionShape(batch=8, heads=4, queries=300, keys=4000, channels=24)
+    for _ in range(2):
+        assert fastest_attention(shape, torch.float32, CPU) == "eager"
+    assert len(measured) == 1
+    assert measured[0].batch == 1  # a part of a large batch
+    assert fastest_attention(shape, torch.bfloat16, CPU) == "eager"
+    assert len(measured) == 2
+    assert fastest_attention(shape, torch.float32, CUDA) == "sdpa"
+    (tmp_path / "deperceiver_hf" / "measured.json").write_text("torn {")
+    assert fastest_attention(shape, torch.float32, CPU) == "eager"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "deperceiver_hf" / "measured.json"))  # no directory
+    assert fastest_attention(shape, torch.float32, CPU) == "eager"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_can_be_measured(dtype):
+    assert machine._measure_attention(AttentionShape(1, 2, 4, 8, 8), dtype) in ("eager", "sdpa")
+
+
+def test_threads_are_chosen_unless_the_environment_says(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        assert choose_threads(CPU) == 4
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(machine, "_fastest", lambda candidates, repeats: list(candidates)[-1])
+        assert choose_threads(CPU) == 1
+        assert choose_threads(CUDA) == 4
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

@@ -60,8 +60,10 @@ def tiny_options(output_dir: Path, model: dict[str, Any] = TINY_DEPERCEIVER, **o
         "log_every": 1,
         "lr": 1e-3,
     }
+    # The same numbers whatever the machine is fast in.
     if not options.keys() & {"amp", "use_bfloat"}:
-        defaults["mixed_precision"] = "no"  # the same numbers whatever the machine is fast in
+        defaults["mixed_precision"] = "no"
+    defaults["attn_implementation"] = "sdpa"
     return TrainingOptions(**{**defaults, **model, **options})
 
 

@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that a command runs on: its devices by name, what they are called, and the precision they compute in."""
+"""The machine that a command runs on: its devices by name, what they are called, and what is fast on them."""
 
+import json
+import math
 import os
 import platform
 import re
+import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from .errors import UserError
+from .output_files import write_json
 
 PACKAGES = ("deperceiver-hf", "torch", "torchvision", "transformers", "accelerate", "timm", "pycocotools")
 PRECISIONS = ("no", "fp16", "bf16")
+LARGEST_MEASURED = 2e6  # weights of an attention that is measured; of a larger one a part of the batch is
+CLEARLY_FASTER = 0.95  # of the time of what is taken otherwise
 HALF_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -214,3 +222,99 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
     return {name: version(name) for name in PACKAGES}
+
+
+class AttentionShape(NamedTuple):
+    """Sizes of an attention: `batch` images, `heads`, `queries` that read `keys`, `channels` of a head."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    channels: int
+
+
+def fastest_attention(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> str:
+    """Which implementation of attention trains faster here, `"eager"` or `"sdpa"`.
+
+    On accelerators it is `sdpa`, whose kernels are fused. On a CPU it depends on shape, precision and processor: it is
+    measured in a few hundred milliseconds at most, and remembered for the machine.
+    """
+    if device.type != "cpu":
+        return "sdpa"
+    fitting = max(1, int(shape.batch * LARGEST_MEASURED / math.prod(shape[:4])))
+    shape = shape._replace(batch=min(shape.batch, fitting))
+    facts = (cpu_name(), torch.backends.cpu.get_cpu_capability(), computes_in_bfloat16(device), torch.__version__)
+    key = " | ".join(map(str, ("attention", *facts, torch.get_num_threads(), dtype, tuple(shape))))
+    return _remembered(key, lambda: _measure_attention(shape, dtype))
+
+
+def _measure_attention(shape: AttentionShape, dtype: torch.dtype, repeats: int = 5) -> str:
+    def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        weights = (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=torch.float32)
+        return weights.to(value.dtype) @ value
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = (shape.queries, shape.keys, shape.keys)
+    tensors = [
+        torch.randn(shape.batch, shape.heads, length, shape.channels, generator=generator).to(dtype).requires_grad_()
+        for length in lengths
+    ]
+    candidates = {"eager": eager, "sdpa": torch.nn.functional.scaled_dot_product_attention}
+    with torch.enable_grad():
+        return _fastest({name: partial(_backward, attend, tensors) for name, attend in candidates.items()}, repeats)
+
+
+def _backward(attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> None:
+    torch.autograd.grad(attend(*tensors).sum(), tensors)
+
+
+def choose_threads(device: torch.device) -> int:
+    """How many threads of this process compute fastest now.
+
+    Threads that share a core with something else wait for each other in every operation. So all of them, half of them
+    and a single one are tried on small operations, as they are many in a detector; it takes some milliseconds. Where
+    `OMP_NUM_THREADS` says how many, or an accelerator computes, it is torch's own number.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or "OMP_NUM_THREADS" in os.environ:
+        return threads
+    matrix = torch.ones(256, 256)
+
+    def compute(count: int) -> None:
+        torch.set_num_threads(count)
+        for _ in range(20):
+            (matrix @ matrix).relu_()
+
+    try:
+        return _fastest({count: partial(compute, count) for count in (threads, max(threads // 2, 1), 1)}, repeats=7)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest(candidates: dict[Any, Callable[[], None]], repeats: int) -> Any:
+    """The candidate of the least median time, of all measured in turns; the first one if they are about equal."""
+    seconds: dict[Any, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}  # the first warms up
+    first, best = next(iter(medians)), min(medians, key=medians.__getitem__)
+    return best if medians[best] < CLEARLY_FASTER * medians[first] else first
+
+
+def _remembered(key: str, measure: Callable[[], str]) -> str:
+    """What was measured on this machine before, or is now; where no file can be kept, it is measured every time."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deperceiver_hf" / "measured.json"
+    known: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(known, dict) or not isinstance(known.get(key), str):
+        known = known if isinstance(known, dict) else {}
+        known[key] = measure()
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, known)
+    return known[key]

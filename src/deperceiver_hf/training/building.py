@@ -44,8 +44,6 @@ def build_model(
     if options.freeze_backbone:
         for parameter in backbone_parameters(model).values():
             parameter.requires_grad_(False)
-    if options.attn_implementation is not None:
-        model.set_attn_implementation(options.attn_implementation)
     if options.gradient_checkpointing:
         # The method's name in later versions of transformers, and in earlier ones.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

@@ -48,12 +48,17 @@ class TrainingProgress:
 
 
 def save_state(
-    accelerator: Accelerator, run_directory: RunDirectory, progress: TrainingProgress, fingerprint: dict[str, Any]
+    accelerator: Accelerator,
+    run_directory: RunDirectory,
+    progress: TrainingProgress,
+    fingerprint: dict[str, Any],
+    computation: dict[str, Any],
 ) -> Path:
     """Write the training state of all processes, then remove older ones; every process must call this.
 
     Args:
         fingerprint: What must be the same when the run is resumed.
+        computation: What a resumed run takes over.
     """
     target = run_directory.state(progress.step, progress.epoch)
     if target.exists():  # the run has not moved since
@@ -61,7 +66,8 @@ def save_state(
     with _written_by_all(accelerator, target) as temporary:
         accelerator.save_state(str(temporary))
         if accelerator.is_main_process:
-            write_json(temporary / STATE_FILE, {"progress": progress.to_dict(), "fingerprint": fingerprint})
+            content = {"progress": progress.to_dict(), "fingerprint": fingerprint, "computation": computation}
+            write_json(temporary / STATE_FILE, content)
     if accelerator.is_main_process:
         for older in run_directory.states()[:-1]:
             shutil.rmtree(older)

@@ -20,6 +20,7 @@ from ..output_files import write_json
 from .arguments import TrainingOptions
 from .building import build_model
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
+from .computation import choose_computation
 from .interruption import StopRequest
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .recipes import write_options
@@ -77,6 +78,10 @@ class DetectionTrainer:
             self.accelerator,
             lambda: build_model(options, self.data.train.label_names, load_pretrained_backbone=self.state is None),
         )
+        self.computation = choose_computation(options, self.accelerator, model.config, self.state)
+        if self.computation.attention is not None:
+            model.set_attn_implementation(self.computation.attention)
+        torch.set_num_threads(self.computation.threads)
         set_seed(options.seed, device_specific=True)  # different dropout on each
         optimizer = create_optimizer(model, options)
         self.scheduler = create_scheduler(
@@ -304,7 +309,9 @@ class DetectionTrainer:
             raise NonFiniteLossError(
                 f"the gradient is not finite at step {self.progress.step}; the state before it has been kept."
             )
-        self.state = save_state(self.accelerator, self.run_directory, self.progress, self._fingerprint)
+        self.state = save_state(
+            self.accelerator, self.run_directory, self.progress, self._fingerprint, self.computation.to_dict()
+        )
 
     def _save_model(self, directory: Path) -> None:
         """Write the model as it is evaluated."""

@@ -156,8 +156,9 @@ class ModelOptions(Options):
         at_least=0,
         of=("deperceiver", "detr"),  # the others have no class "no object"
     )
-    attn_implementation: Literal["eager", "sdpa"] | None = option(
-        "How attention is computed in training; transformers' choice if not given. On a CPU, eager is often faster."
+    attn_implementation: Literal["auto", "eager", "sdpa"] | None = option(
+        "How attention is computed in training. auto, also if not given: on a CPU what is found faster by a short "
+        "measurement at the start, sdpa elsewhere."
     )
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass to save memory.",

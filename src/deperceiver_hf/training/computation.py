@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run computes where its options leave it to the machine: chosen at its start, and kept when it is resumed."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedConfig
+
+from ..machine import HALF_PRECISIONS, AttentionShape, choose_threads, fastest_attention
+from .arguments import TrainingOptions
+from .run_directory import STATE_FILE
+
+logger = get_logger(__name__)
+
+STRIDES = (8, 16, 32)  # of the tokens of models whose configuration does not say
+MOST_KEYS = 4096  # of an attention that is measured; more of them change nothing in what is faster
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What changes the last digits of a run and how fast it is, and nothing else.
+
+    Attributes:
+        attention: Implementation of attention; `None` for transformers' choice.
+        threads: OpenMP threads of a process.
+    """
+
+    attention: str | None
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose_computation(
+    options: TrainingOptions, accelerator: Accelerator, config: PreTrainedConfig, state: Path | None
+) -> Computation:
+    """What the options say, else what the run that is resumed did, else what is fastest here; alike on all processes.
+
+    Args:
+        config: Of the model.
+        state: Training state that the run goes on from.
+    """
+    if state is not None:
+        chosen = _recorded(state)
+    else:
+        threads = choose_threads(accelerator.device)
+        attention = None
+        if options.attn_implementation in (None, "auto"):
+            dtype = HALF_PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+            attention = fastest_attention(attention_shape(options, config), dtype, accelerator.device)
+        chosen = Computation(attention, threads)
+    if options.attn_implementation not in (None, "auto"):
+        chosen = Computation(options.attn_implementation, chosen.threads)
+    (chosen,) = broadcast_object_list([chosen])
+    logger.info(f"Attention {chosen.attention or 'as transformers chooses'}, {chosen.threads} threads.")
+    return chosen
+
+
+def attention_shape(options: TrainingOptions, config: PreTrainedConfig) -> AttentionShape:
+    """The attention in which a model spends most: its latents or queries read the tokens of a batch of images."""
+    heads = getattr(config, "num_attention_heads", None) or 8
+    size = options.image_size()
+    pixels = size["shortest_edge"] * size["longest_edge"]
+    strides = getattr(config, "feature_strides", None) or STRIDES
+    strides = [strides] if isinstance(strides, int) else strides
+    return AttentionShape(
+        batch=options.batch_size,
+        heads=heads,
+        queries=getattr(config, "num_latents", None) or config.num_queries,
+        keys=max(1, min(MOST_KEYS, sum(pixels // stride**2 for stride in strides))),
+        channels=max(8, config.d_model // heads),
+    )
+
+
+def _recorded(state: Path) -> Computation:
+    """What is in a training state; states of earlier versions left attention to transformers and threads to torch."""
+    content = json.loads((state / STATE_FILE).read_text(encoding="utf-8")).get("computation")
+    return Computation(**content) if content else Computation(None, torch.get_num_threads())

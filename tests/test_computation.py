@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run computes is chosen once, and taken over when it is resumed."""
+
+import json
+
+import pytest
+import torch
+
+from deperceiver_hf.machine import AttentionShape
+from deperceiver_hf.training import DetectionTrainer, computation
+from deperceiver_hf.training.computation import attention_shape
+from training_runs import TINY_ARCHITECTURES, TINY_DETR, tiny_options
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What measuring finds: a dictionary to change."""
+    found = {"attention": "eager", "threads": 1}
+    monkeypatch.setattr(computation, "fastest_attention", lambda shape, dtype, device: found["attention"])
+    monkeypatch.setattr(computation, "choose_threads", lambda device: found["threads"])
+    before = torch.get_num_threads()
+    yield found
+    torch.set_num_threads(before)
+
+
+def test_what_was_chosen_is_kept_on_resume(tmp_path, found):
+    options = {"attn_implementation": "auto", "max_steps": 1, "epochs": 1}
+    first = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, **options))
+    assert (first.model.config._attn_implementation, torch.get_num_threads()) == ("eager", 1)
+    first.train()
+    found.update(attention="sdpa", threads=2)
+    resumed = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, **options, resume="auto"))
+    assert (resumed.model.config._attn_implementation, torch.get_num_threads()) == ("eager", 1)
+    anew = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, **options, overwrite_output_dir=True))
+    assert (anew.model.config._attn_implementation, torch.get_num_threads()) == ("sdpa", 2)
+
+
+def test_what_is_asked_for_is_not_measured(tmp_path, found):
+    run = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, attn_implementation="sdpa"))
+    assert run.model.config._attn_implementation == "sdpa"
+
+
+def test_states_of_earlier_versions_left_it_to_transformers(tmp_path, found):
+    options = {"attn_implementation": None, "max_steps": 1, "epochs": 1}
+    DetectionTrainer(tiny_options(tmp_path, TINY_DETR, **options)).train()
+    file = next(tmp_path.glob("state-*/training_state.json"))
+    content = json.loads(file.read_text())
+    del content["computation"]
+    file.write_text(json.dumps(content))
+    resumed = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, **options, resume="auto"))
+    assert resumed.computation.attention is None
+
+
+@pytest.mark.parametrize("model", TINY_ARCHITECTURES.values(), ids=TINY_ARCHITECTURES)
+def test_every_architecture_has_an_attention_to_measure(tmp_path, found, model):
+    run = DetectionTrainer(tiny_options(tmp_path, model, attn_implementation="auto", batch_size=3))
+    assert run.computation.attention == "eager"
+    shape = attention_shape(run.options, run.accelerator.unwrap_model(run.model).config)
+    assert isinstance(shape, AttentionShape)
+    assert shape.batch == 3
+    assert min(shape) >= 1
