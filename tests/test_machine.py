@@ -152,7 +152,7 @@ def test_attention_is_measured_once_for_a_machine(tmp_path, monkeypatch):
         return "eager"
 
     monkeypatch.setattr(machine, "_measure_attention", measure)
-    shape = AttentionShape(batch=8, heads=4, queries=300, keys=4000, channels=24)
+    shape = AttentionShape(batch=8, heads=4, queries=300, keys=4000, key_channels=48, value_channels=24)
     for _ in range(2):
         assert fastest_attention(shape, torch.float32, CPU) == "eager"
     assert len(measured) == 1
@@ -168,7 +168,7 @@ def test_attention_is_measured_once_for_a_machine(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_can_be_measured(dtype):
-    assert machine._measure_attention(AttentionShape(1, 2, 4, 8, 8), dtype) in ("eager", "sdpa")
+    assert machine._measure_attention(AttentionShape(1, 2, 4, 8, 16, 8), dtype) in ("eager", "sdpa")
 
 
 def test_threads_are_chosen_unless_the_environment_says(monkeypatch):

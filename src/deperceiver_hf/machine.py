@@ -225,13 +225,15 @@ def versions() -> dict[str, str]:
 
 
 class AttentionShape(NamedTuple):
-    """Sizes of an attention: `batch` images, `heads`, `queries` that read `keys`, `channels` of a head."""
+    """Sizes of an attention: `batch` images, `heads`, `queries` that read `keys`; the channels of a head are
+    `key_channels` of queries and keys, and `value_channels` of values."""
 
     batch: int
     heads: int
     queries: int
     keys: int
-    channels: int
+    key_channels: int
+    value_channels: int
 
 
 def fastest_attention(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> str:
@@ -254,13 +256,21 @@ def _measure_attention(shape: AttentionShape, dtype: torch.dtype, repeats: int =
         weights = (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=torch.float32)
         return weights.to(value.dtype) @ value
 
+    def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        # Fused kernels want keys and values of the same width.
+        value = torch.nn.functional.pad(value, (0, key.shape[-1] - value.shape[-1]))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)[..., : shape.value_channels]
+
     generator = torch.Generator().manual_seed(0)
-    lengths = (shape.queries, shape.keys, shape.keys)
+    sizes = (
+        (shape.queries, shape.key_channels),
+        (shape.keys, shape.key_channels),
+        (shape.keys, shape.value_channels),
+    )
     tensors = [
-        torch.randn(shape.batch, shape.heads, length, shape.channels, generator=generator).to(dtype).requires_grad_()
-        for length in lengths
+        torch.randn(shape.batch, shape.heads, *size, generator=generator).to(dtype).requires_grad_() for size in sizes
     ]
-    candidates = {"eager": eager, "sdpa": torch.nn.functional.scaled_dot_product_attention}
+    candidates = {"eager": eager, "sdpa": sdpa}
     with torch.enable_grad():
         return _fastest({name: partial(_backward, attend, tensors) for name, attend in candidates.items()}, repeats)
 

@@ -19,6 +19,7 @@ from .run_directory import STATE_FILE
 logger = get_logger(__name__)
 
 STRIDES = (8, 16, 32)  # of the tokens of models whose configuration does not say
+POSITION_CHANNELS = 24  # that DePerceiver v2 appends to its keys, about
 MOST_KEYS = 4096  # of an attention that is measured; more of them change nothing in what is faster
 
 
@@ -51,6 +52,7 @@ def choose_computation(
         chosen = _recorded(state)
     else:
         threads = choose_threads(accelerator.device)
+        torch.set_num_threads(threads)
         attention = None
         if options.attn_implementation in (None, "auto"):
             dtype = HALF_PRECISIONS.get(accelerator.mixed_precision, torch.float32)
@@ -68,6 +70,7 @@ def attention_shape(options: TrainingOptions, config: PreTrainedConfig) -> Atten
     heads = getattr(config, "num_attention_heads", None) or 8
     size = options.image_size()
     pixels = size["shortest_edge"] * size["longest_edge"]
+    channels = max(8, config.d_model // heads)
     strides = getattr(config, "feature_strides", None) or STRIDES
     strides = [strides] if isinstance(strides, int) else strides
     return AttentionShape(
@@ -75,7 +78,8 @@ def attention_shape(options: TrainingOptions, config: PreTrainedConfig) -> Atten
         heads=heads,
         queries=getattr(config, "num_latents", None) or config.num_queries,
         keys=max(1, min(MOST_KEYS, sum(pixels // stride**2 for stride in strides))),
-        channels=max(8, config.d_model // heads),
+        key_channels=channels + (POSITION_CHANNELS if getattr(config, "position_bias", False) else 0),
+        value_channels=channels,
     )
 
 
