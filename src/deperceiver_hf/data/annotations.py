@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annotations of any origin, checked, repaired and arranged as the columns of detection records."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
+from .images import ImageHeader, seen_sizes
 from .records import BORDER_TOLERANCE, LoadingReport
 
 
@@ -27,6 +29,55 @@ class AnnotationList:
         self.area.append(area)
         self.iscrowd.append(bool(iscrowd))
         self.id.append(id)
+
+    def of_images(self, kept: np.ndarray) -> "AnnotationList":
+        """Those of the images at the indices `kept` (K,), whose indices are their places there."""
+        place = {int(index): position for position, index in enumerate(kept)}
+        chosen = [row for row, index in enumerate(self.image_index) if index in place]
+        values = {name: [column[row] for row in chosen] for name, column in vars(self).items()}
+        return AnnotationList(**values | {"image_index": [place[index] for index in values["image_index"]]})
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images as a loader finds them, one entry per image in each.
+
+    Attributes:
+        ids: (N,) integers, all different.
+        headers: `None` for an image that cannot be read.
+        stated_sizes: Width and height that the annotations state; `None` where they do not.
+        names: For messages.
+    """
+
+    ids: np.ndarray
+    headers: Sequence[ImageHeader | None]
+    stated_sizes: Sequence[tuple[int, int] | None]
+    names: Sequence[str]
+
+
+def assemble(
+    images: ImageList, annotations: AnnotationList, report: LoadingReport
+) -> tuple[np.ndarray, dict[str, pa.Array]]:
+    """What every loader does with what it has found: leave out images that cannot be read, decide on sizes and frames
+    of the others, check and arrange their annotations.
+
+    Args:
+        images: All images.
+        annotations: Of any of them, by their index.
+        report: Is told what was left out and repaired.
+
+    Returns:
+        The indices (K,) of the images that can be read, and the columns of `DETECTION_FEATURES` for them, but for the
+        image.
+    """
+    for name, header in zip(images.names, images.headers, strict=True):
+        if header is None:
+            report.add("unreadable_image", name)
+    kept = np.array([row for row, header in enumerate(images.headers) if header is not None], dtype=np.int64)
+    headers = [header for header in images.headers if header is not None]
+    stated, names = ([values[row] for row in kept] for values in (images.stated_sizes, images.names))
+    sizes, rotations = seen_sizes(headers, stated, names, report)
+    return kept, record_columns(images.ids[kept], sizes, annotations.of_images(kept), report, rotations)
 
 
 def record_columns(

@@ -19,8 +19,8 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import UserError
-from .annotations import AnnotationList, as_integer, image_path_column, record_columns
-from .images import read_headers, seen_sizes
+from .annotations import AnnotationList, ImageList, as_integer, assemble, image_path_column
+from .images import read_headers
 from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 
 ROBOFLOW_FILE = "_annotations.coco.json"
@@ -56,19 +56,17 @@ def load_coco_directory(
 
     entries, listed = _read_image_entries(content["images"], report)
     entries = _find_image_files(entries[:max_samples], root, image_dir, report)
-    headers = read_headers([entry["path"] for entry in entries])
-    for entry, header in zip(entries, headers, strict=True):
-        if header is None:
-            report.add("unreadable_image", entry["path"])
-    entries = [entry for entry, header in zip(entries, headers, strict=True) if header]
     paths = [entry["path"] for entry in entries]
-    stated_sizes = [entry["size"] for entry in entries]
-    sizes, rotations = seen_sizes([header for header in headers if header], stated_sizes, paths, report)
-
-    image_ids = np.array([entry["id"] for entry in entries], dtype=np.int64)
-    annotations = _read_annotations(content["annotations"], image_ids, listed, category_ids, report)
-    columns = record_columns(image_ids, sizes, annotations, report, rotations)
-    dataset = Dataset.from_dict({"image": image_path_column(paths), **columns}, features=DETECTION_FEATURES)
+    images = ImageList(
+        ids=np.array([entry["id"] for entry in entries], dtype=np.int64),
+        headers=read_headers(paths),
+        stated_sizes=[entry["size"] for entry in entries],
+        names=paths,
+    )
+    annotations = _read_annotations(content["annotations"], images.ids, listed, category_ids, report)
+    kept, columns = assemble(images, annotations, report)
+    column = image_path_column([paths[row] for row in kept])
+    dataset = Dataset.from_dict({"image": column, **columns}, features=DETECTION_FEATURES)
     report.conclude(strict)
     return DetectionData(dataset, label_names, category_ids, f"{root.name}-{split}", report)
 

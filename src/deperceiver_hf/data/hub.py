@@ -16,8 +16,8 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
 
 from ..errors import UserError
-from .annotations import AnnotationList, as_integer, record_columns
-from .images import ImageHeader, read_header, seen_sizes
+from .annotations import AnnotationList, ImageList, as_integer, assemble
+from .images import ImageHeader, read_header
 from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
@@ -72,31 +72,31 @@ def load_hub_data(
     headers = list(_iterate_headers(images))
     plain = raw.select_columns([name for name in raw.column_names if name != image_key])
     image_ids = _read_image_ids(plain, report)
-    for image_id, header in zip(image_ids, headers, strict=True):
-        if header is None:
-            report.add("unreadable_image", f"image_id {image_id}")
-
-    # Rows are dropped at the end: the image column must stay as it is to be referenced instead of copied.
-    stated = _read_sizes(plain)
-    readable = [header or ImageHeader(1, 1, 1) for header in headers]
-    known = [size if header else None for size, header in zip(stated, headers, strict=True)]
-    sizes, rotations = seen_sizes(readable, known, [f"image_id {image_id}" for image_id in image_ids], report)
+    found = ImageList(image_ids, headers, _read_sizes(plain), [f"image_id {image_id}" for image_id in image_ids])
     annotations = _read_annotations(plain, headers, box_key, category_key, categories, bbox_format, report)
-    columns = record_columns(image_ids, sizes, annotations, report, rotations)
-    features = DETECTION_FEATURES.copy()
-    features.pop("image")
-    records = concatenate_datasets([images, Dataset.from_dict(columns, features=features)], axis=1).cast_column(
-        "image", Image()
-    )
-    kept = [row for row, header in enumerate(headers) if header is not None]
-    if len(kept) < len(headers):
-        records = records.select(kept)
-        report.num_images -= len(headers) - len(kept)
-        report.num_empty_images -= len(headers) - len(kept)
+    kept, columns = assemble(found, annotations, report)
+    records = _beside_images(images, kept, columns)
     report.conclude(strict)
     category_ids = [index if isinstance(value, str) else value for index, value in enumerate(categories)]
     name = Path(source).name or source
     return DetectionData(records, label_names, category_ids, f"{name}-{split_name}", report)
+
+
+def _beside_images(images: Dataset, kept: np.ndarray, columns: dict[str, pa.Array]) -> Dataset:
+    """The images at the indices `kept` with their columns.
+
+    Rows are left out at the end, so that the column of the images stays as it is and is referenced instead of copied;
+    until then those that are left out have empty columns.
+    """
+    features = DETECTION_FEATURES.copy()
+    features.pop("image")
+    place = np.full(len(images), -1)
+    place[kept] = np.arange(len(kept))
+    rows = pa.array(place, mask=place < 0)
+    spread = {name: column.take(rows) for name, column in columns.items()}
+    records = concatenate_datasets([images, Dataset.from_dict(spread, features=features)], axis=1)
+    records = records.cast_column("image", Image())
+    return records if len(kept) == len(images) else records.select(kept)
 
 
 def _load_splits(source: str, cache_dir: str | None) -> dict[str, Dataset]:
