@@ -151,9 +151,7 @@ def test_gradients_in_half_precision_are_those_of_float32(strides, sigma, sigma_
 def test_heads_of_a_new_model_look_at_the_box():
     config = tiny_v2_config(d_model=32, num_attention_heads=4)
     module = DePerceiverV2PositionBias(config)
-    with torch.no_grad():
-        module.predictor.weight.zero_()
-        module.predictor.bias.copy_(module.first_bias())
+    module.start()
     geometry = geometry_of((64, 96), [8, 16])
     boxes = torch.tensor([[[0.5, 0.25, 0.2, 0.1]]])
     bias = module(torch.randn(1, 1, 32), boxes, geometry)

@@ -8,6 +8,7 @@ Shapes: B images, N tokens, Q queries, K keys, M latents, D channels; (h, w) cel
 import torch
 from einops import rearrange
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -158,6 +159,11 @@ class DePerceiverLearnedPositionEmbedding(nn.Module):
         super().__init__()
         self.row_embedding = nn.Embedding(num_positions, embedding_dim // 2)
         self.column_embedding = nn.Embedding(num_positions, embedding_dim // 2)
+
+    def start(self) -> None:
+        """Uniform in [0, 1), as in the original."""
+        init.uniform_(self.row_embedding.weight)
+        init.uniform_(self.column_embedding.weight)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Encoding `(1, embedding_dim, h, w)` for a feature map `(B, channels, h, w)`; the mask plays no part."""

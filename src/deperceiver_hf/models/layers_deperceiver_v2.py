@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -147,8 +148,13 @@ class DePerceiverV2PositionBias(nn.Module):
         self.num_levels = config.num_feature_levels
         self.predictor = DePerceiverV2Float32Linear(config.d_model, self.num_heads * (4 + self.num_levels))
 
+    def start(self) -> None:
+        """A new model looks at the box, whatever the latent is."""
+        init.zeros_(self.predictor.weight)
+        init.copy_(self.predictor.bias, self.first_bias())
+
     def first_bias(self) -> torch.Tensor:
-        """Bias `(H (4 + L),)` of the predictor of a new model, whose weight is zero."""
+        """Bias `(H (4 + L),)` of the predictor of a new model: points of a circle, one for each head."""
         first = torch.zeros(self.num_heads, 4 + self.num_levels)
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         first[:, 0], first[:, 1] = FIRST_RADIUS * angles.cos(), FIRST_RADIUS * angles.sin()

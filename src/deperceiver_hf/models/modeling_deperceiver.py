@@ -32,7 +32,6 @@ from .layers_deperceiver import (
     DePerceiverCrossAttentionLayer,
     DePerceiverDecoderLayer,
     DePerceiverInputAdapter,
-    DePerceiverLearnedPositionEmbedding,
     DePerceiverSelfAttentionLayer,
 )
 from .loss_deperceiver import set_prediction_loss
@@ -203,13 +202,12 @@ class DePerceiverPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in every model; then learned positions, which hold no parameters themselves, so that `_init_weights` is
-        not called for them; then what is frozen in the backbone."""
+        """As in every model; then every part that has a `start` of its own (it holds no parameters itself, so that
+        `_init_weights` is not called for it); then what is frozen in the backbone."""
         super().initialize_weights()
         for module in self.modules():
-            if isinstance(module, DePerceiverLearnedPositionEmbedding):
-                init.uniform_(module.row_embedding.weight)
-                init.uniform_(module.column_embedding.weight)
+            if hasattr(module, "start"):
+                module.start()
         initialize_frozen_parts(self)
 
 

@@ -33,11 +33,11 @@ from .layers_deperceiver_v2 import (
     DePerceiverV2BoxPosition,
     DePerceiverV2CrossAttention,
     DePerceiverV2KeyValues,
-    DePerceiverV2PositionBias,
     place_tokens,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
 from .tokens_deperceiver_v2 import (
+    PRIOR_LOGIT,
     DePerceiverV2InputAdapter,
     DePerceiverV2LearnedQueries,
     DePerceiverV2TokenSelector,
@@ -45,7 +45,6 @@ from .tokens_deperceiver_v2 import (
     locate_tokens,
 )
 
-PRIOR_LOGIT = -4.6  # of a probability of 0.01, which a new model gives to every class (Lin et al. 2017, section 4.1)
 NO_OBJECT_LOGIT = -1e4  # of every class at a padding query (see `SelectedTokens`); within the range of float16
 
 
@@ -172,29 +171,17 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _init_part(self, module: nn.Module) -> None:
-        """A new model moves no box, believes in no class and looks at the boxes."""
-        if isinstance(module, DePerceiverBoxPredictor):
-            init.zeros_(module.layers[-1].weight)
-        elif isinstance(module, DePerceiverV2PositionBias):
-            init.zeros_(module.predictor.weight)
-            init.copy_(module.predictor.bias, module.first_bias())
-        elif isinstance(module, DePerceiverV2LearnedQueries):
-            init.uniform_(module.boxes.weight, -2.0, 2.0)
-            init.normal_(module.content.weight)
-        elif isinstance(module, DePerceiverV2TokenSelector):
-            init.constant_(module.class_labels_classifier.bias, PRIOR_LOGIT)
-        elif isinstance(module, DePerceiverV2ForObjectDetection):
-            for classifier in module.class_labels_classifiers:
-                init.constant_(classifier.bias, PRIOR_LOGIT)
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As in every model; then parts of several layers, which `_init_weights` is not called for outside of
-        transformers as they hold no parameters themselves; then what is frozen in the backbone."""
+        """As in every model; then every part that has a `start` of its own; then what is frozen in the backbone.
+
+        `_init_weights` is no place for the second: transformers does not call it for modules outside of its own
+        package that hold no parameters themselves, as parts of several layers.
+        """
         super().initialize_weights()
         for module in self.modules():
-            self._init_part(module)
+            if hasattr(module, "start"):
+                module.start()
         initialize_frozen_parts(self)
 
 
@@ -228,6 +215,11 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             DePerceiverBoxPredictor(config.d_model) for _ in range(config.decoder_layers)
         )
         self.post_init()
+
+    def start(self) -> None:
+        """The blocks of a new model leave all boxes where they are."""
+        for predictor in self.bbox_predictors:
+            predictor.start_at_zero()
 
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
@@ -307,6 +299,11 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
             nn.Linear(config.d_model, config.num_labels) for _ in range(config.decoder_layers)
         )
         self.post_init()
+
+    def start(self) -> None:
+        """A new model believes in no class."""
+        for classifier in self.class_labels_classifiers:
+            init.constant_(classifier.bias, PRIOR_LOGIT)
 
     @can_return_tuple
     @auto_docstring

@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import nn
+from transformers import initialization as init
 
 from .attention_deperceiver import DePerceiverBoxPredictor, DePerceiverSinePositionEmbedding
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 
+PRIOR_LOGIT = -4.6  # of a probability of 0.01, which a new model gives to every class (Lin et al. 2017, section 4.1)
 ANCHOR_SIDE = 2.0  # side of the box that a token proposes before it has learned better ones, in strides
 
 
@@ -163,6 +165,11 @@ class DePerceiverV2TokenSelector(nn.Module):
         self.content = nn.Linear(dim, dim)
         self.content_norm = nn.LayerNorm(dim)
 
+    def start(self) -> None:
+        """A new selector proposes the anchors themselves and believes in no class."""
+        self.bbox_predictor.start_at_zero()
+        init.constant_(self.class_labels_classifier.bias, PRIOR_LOGIT)
+
     def forward(self, tokens: torch.Tensor, geometry: TokenGeometry) -> SelectedTokens:
         """Choose among tokens `(B, N, D)`."""
         memory = self.memory_norm(self.memory(tokens))
@@ -188,6 +195,11 @@ class DePerceiverV2LearnedQueries(nn.Module):
         super().__init__()
         self.content = nn.Embedding(config.num_queries, config.d_model)
         self.boxes = nn.Embedding(config.num_queries, 4)  # logits
+
+    def start(self) -> None:
+        """New boxes lie all over the image, with sides of 0.12 to 0.88 of its own."""
+        init.uniform_(self.boxes.weight, -2.0, 2.0)
+        init.normal_(self.content.weight)
 
     def forward(self, tokens: torch.Tensor, geometry: TokenGeometry) -> SelectedTokens:
         """The latents, for as many images as `tokens` `(B, N, D)` has."""
