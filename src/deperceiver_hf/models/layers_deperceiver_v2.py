@@ -26,16 +26,20 @@ from .attention_deperceiver import (
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .tokens_deperceiver_v2 import TokenGeometry
 
-HIDDEN_TOKEN = -1e4  # added to the attention logits of padding; within the range of float16
-SQUARE_SCALE = 64.0  # squares of grid positions are divided by it, to stay within the range of float16
-CHANNEL_MULTIPLE = 8  # of the channels of a head: matrix kernels are slow for odd numbers of them
-MIN_SIGMA = 0.004  # of the image's side
-LARGEST_RADIUS = 2.0  # of where the heads look, in half sides of the box; further away padding might be nearer
-FIRST_RADIUS, FIRST_SIGMA = 0.7, 0.6  # of the same in a new model
-WAVELENGTHS = (64.0, 1024.0)  # of the waves that tell where a head has read, in halves of a finest cell
-LARGEST_FINE_BOX = 8.0  # half side up to which the shorter wave is used: its quarter is LARGEST_RADIUS of them
-LARGEST_OFFSET = 4.0  # in half sides, where the longer wave is cut
-MIN_GRID_SIGMA = 0.125  # in units of the grid: far less than tokens are apart, and within the range of float16
+# Attention: the positional bias in extra channels of queries and keys.
+HIDDEN_TOKEN = -1e4  # logit of a padding token; within the range of float16
+SQUARE_SCALE = 64.0  # divides squares of grid positions, so that they stay within the range of float16
+CHANNEL_MULTIPLE = 8  # to which the channels of a head are filled up: matrix kernels are slow for odd numbers of them
+# Where a head looks: a Gaussian around a point near the latent's box.
+FIRST_RADIUS = 0.7  # start of the heads: distance of the points from the centre of the box, in half sides
+FIRST_SIGMA = 0.6  # start of the heads: width of the Gaussians, in half sides
+LARGEST_RADIUS = 2.0  # limit of the distance of the points, in half sides: further away padding might be nearer
+MIN_SIGMA = 0.004  # least width, in sides of the image
+MIN_GRID_SIGMA = 0.125  # least width, in units of the grid: tokens are far more apart, and float16 can hold it
+# Where a head has read: the means of two waves over the positions, one for small and one for large boxes.
+WAVELENGTHS = (64.0, 1024.0)  # in units of the grid, half a cell of the finest stride
+LARGEST_FINE_BOX = 8.0  # half side up to which the shorter wave serves: a quarter of it is LARGEST_RADIUS of them
+LARGEST_OFFSET = 4.0  # limit of what is reported, in half sides
 
 
 class PositionSplits(NamedTuple):
@@ -63,7 +67,7 @@ def position_splits(dtype: torch.dtype) -> PositionSplits:
     return HALF_PRECISION if dtype in (torch.bfloat16, torch.float16) else FULL_PRECISION
 
 
-def split(values: torch.Tensor, parts: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def exact_parts(values: torch.Tensor, parts: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Numbers of a lower precision that add up to float32 `values`; the gradient goes through the first alone."""
     pieces = [values.to(dtype)]
     rest = values.detach()
@@ -100,12 +104,12 @@ class PositionBias(NamedTuple):
         features, constant = [], torch.zeros_like(a[..., 0])
         for axis in range(2):
             square, center = a[..., axis], self.centers[..., axis]
-            linear = split(-2 * square * center, splits.linear, dtype)
+            linear = exact_parts(-2 * square * center, splits.linear, dtype)
             features += [(SQUARE_SCALE * square).to(dtype)] * splits.square
             for part in range(splits.position):
                 features += linear[: splits.linear - part]
             constant = constant + square * center.square()
-        features += split(constant, splits.constant, dtype)
+        features += exact_parts(constant, splits.constant, dtype)
         ones = torch.ones_like(features[0])
         return torch.cat((torch.stack([ones, *features], dim=-1), self.levels.to(dtype)), dim=-1)
 
@@ -116,8 +120,8 @@ def key_features(geometry: TokenGeometry, num_levels: int, dtype: torch.dtype) -
     features = []
     for axis in range(2):
         position = geometry.grid[..., axis]  # (B, N)
-        features += split(position.square() / SQUARE_SCALE, splits.square, dtype)
-        for part, piece in enumerate(split(position, splits.position, dtype)):
+        features += exact_parts(position.square() / SQUARE_SCALE, splits.square, dtype)
+        for part, piece in enumerate(exact_parts(position, splits.position, dtype)):
             features += [piece] * (splits.linear - part)
     features += [torch.ones_like(features[0])] * splits.constant
     hidden = torch.zeros_like(features[0])
@@ -331,12 +335,12 @@ class DePerceiverV2KeyValues(nn.Module):
             rearrange(states, "b n (h d) -> b h n d", h=self.num_heads)
             for states in (self.k_proj(tokens + positions), self.v_proj(tokens))
         )
-        key = _append(key, places.for_keys)
+        key = append_features(key, places.for_keys)
         key = nn.functional.pad(key, (0, -key.shape[-1] % CHANNEL_MULTIPLE))
-        return key, value if places.for_values is None else _append(value, places.for_values)
+        return key, value if places.for_values is None else append_features(value, places.for_values)
 
 
-def _append(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def append_features(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """States `(B, H, N, D)` of all heads with the same features `(B or 1, N, F)` behind."""
     return torch.cat((states, features[:, None].expand(*states.shape[:3], -1)), dim=-1)
 
