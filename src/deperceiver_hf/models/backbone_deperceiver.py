@@ -139,7 +139,7 @@ class DePerceiverBackbone(nn.Module):
         self.model = AutoBackbone.from_config(config.backbone_config)
         self.channels: list[int] = self.model.channels
         self.mask_padding = config.mask_padding
-        self.strides = [16 if config.dilation and stride == 32 else stride for stride in config.feature_strides]
+        self.strides = [16 if config.dilation and stride == 32 else stride for stride in config.strides]
         if config.freeze_batch_norm:
             freeze_batch_norms(self.model)
         self.freeze(config)

@@ -80,9 +80,14 @@ class DePerceiverBackboneConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def strides(self) -> list[int]:
+        """`feature_strides` as the list that it has become: pixels per cell of each feature map, finest first."""
+        return [self.feature_strides] if isinstance(self.feature_strides, int) else list(self.feature_strides)
+
+    @property
     def num_feature_levels(self) -> int:
         """Number of feature maps that the tokens come from."""
-        return len(self.feature_strides)
+        return len(self.strides)
 
     def check_architecture(self) -> None:
         """Refuse what cannot be built.
@@ -90,7 +95,7 @@ class DePerceiverBackboneConfig(PreTrainedConfig):
         Raises:
             ValueError: Names the fields, what they are, and what they may be.
         """
-        strides = self.feature_strides
+        strides = self.strides
         if not strides or strides != sorted(set(strides)) or not set(strides) <= set(NOMINAL_STRIDES):
             raise ValueError(
                 f"`feature_strides` must be one of {NOMINAL_STRIDES} or an ascending list of them, not {strides}."
@@ -130,7 +135,7 @@ class DePerceiverBackboneConfig(PreTrainedConfig):
                 "model_type": "timm_backbone",
                 "backbone": name,
                 "num_channels": self.num_channels,
-                "out_indices": timm_out_indices(name, self.feature_strides),
+                "out_indices": timm_out_indices(name, self.strides),
                 **({"output_stride": 16} if self.dilation else {}),
             }
         if isinstance(backbone_config, dict):
@@ -157,7 +162,7 @@ class DePerceiverBackboneConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`backbone_config` returns feature maps of strides {strides}, but `feature_strides` is "
                     f"{self.feature_strides}: set its `out_indices` to "
-                    f"{timm_out_indices(backbone_config.backbone, self.feature_strides)}."
+                    f"{timm_out_indices(backbone_config.backbone, self.strides)}."
                 )
         channels = getattr(backbone_config, "num_channels", self.num_channels)
         if channels != self.num_channels:

@@ -71,7 +71,7 @@ class LatentArray(NamedTuple):
         content, is_query = selected.content, selected.is_query
         # Boxes of selected tokens learn from the loss of the selection, learned ones from that of the blocks.
         boxes = selected.boxes if selected.logits is None else selected.boxes.detach()
-        if denoising is not None:
+        if denoising is not None and denoised is not None:
             if is_query is None:
                 is_query = torch.ones_like(boxes[..., 0], dtype=torch.bool)
             content = torch.cat((denoised.to(content.dtype), content), dim=1)

@@ -3,7 +3,7 @@
 
 import operator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 
-class DePerceiverImageProcessorKwargs(ImagesKwargs, total=False):
+class DePerceiverImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """The options of `transformers.processing_utils.ImagesKwargs`, and one of detection processors.
 
     Attributes:
@@ -37,7 +37,13 @@ class DePerceiverImageProcessorKwargs(ImagesKwargs, total=False):
     do_convert_annotations: bool | None
 
 
-class DetectionProcessingMixin:
+if TYPE_CHECKING:
+    from transformers.image_processing_backends import TorchvisionBackend as Backend
+else:
+    Backend = object  # the classes that are made of the mix-in bring the real one
+
+
+class DetectionProcessingMixin(Backend):
     """Everything of the image processor but the resampling of pixels, which comes from the transformers backend."""
 
     valid_kwargs = DePerceiverImageProcessorKwargs
@@ -243,7 +249,7 @@ class DetectionProcessingMixin:
 class PilProcessingMixin(DetectionProcessingMixin):
     """What the Pillow backend needs of a processor."""
 
-    def process_image(self, image, **kwargs) -> np.ndarray:
+    def process_image(self, image, **kwargs) -> np.ndarray:  # type: ignore[override]
         """One image as an array `(C, H, W)`, which is what this backend resizes."""
         return super().process_image(image, **kwargs).cpu().numpy()
 
@@ -352,7 +358,7 @@ def coco_to_target(
         ValueError: a key is missing, a box is not four finite numbers, an id is not an integer.
     """
     if not isinstance(annotation, dict) or not {"image_id", "annotations"} <= annotation.keys():
-        found = sorted(annotation) if isinstance(annotation, dict) else type(annotation).__name__
+        found = f"{sorted(annotation)}" if isinstance(annotation, dict) else type(annotation).__name__
         raise ValueError(f"Expected an annotation with the keys 'image_id' and 'annotations', got {found}.")
     image_id = _integer(annotation["image_id"], "image_id")
 
@@ -360,7 +366,7 @@ def coco_to_target(
     for index, instance in enumerate(annotation["annotations"]):
         where = f"annotation {index} of image {image_id}"
         if not isinstance(instance, dict) or not {"bbox", "category_id"} <= instance.keys():
-            found = sorted(instance) if isinstance(instance, dict) else type(instance).__name__
+            found = f"{sorted(instance)}" if isinstance(instance, dict) else type(instance).__name__
             raise ValueError(f"Expected the keys 'bbox' and 'category_id' in {where}, got {found}.")
         if instance.get("iscrowd"):
             continue

@@ -108,7 +108,7 @@ class DePerceiverDecoderLayer(GradientCheckpointingLayer):
         self.self_attention = None
         if config.decoder_type == "layered":
             self.self_attention = DePerceiverAttention(
-                config, dim, dim, config.num_decoder_self_attention_heads, config.decoder_attention_dropout
+                config, dim, dim, config.num_decoder_self_attention_heads, config.decoder_attention_dropout or 0.0
             )
             self.self_attention_norm = nn.LayerNorm(dim)
         self.cross_attention = DePerceiverCrossAttentionLayer(
@@ -116,7 +116,7 @@ class DePerceiverDecoderLayer(GradientCheckpointingLayer):
             dim,
             config.d_latents,
             query_residual=False,
-            dropout=config.decoder_dropout,
+            dropout=config.decoder_dropout or 0.0,
             attention_dropout=0.0,
         )
 

@@ -126,7 +126,7 @@ def detection_loss(
             terms, _ = _set_terms(selection.float(), is_query, targets, num_boxes, config)
             loss_dict |= {f"{name}_selection": values.detach().sum() for name, values in terms.items()}
             total = total + weighted_sum(terms, config)
-        if denoised is not None:
+        if denoised is not None and denoising is not None:
             terms = _denoising_terms(denoised.float(), denoising, targets, num_boxes, config)
             loss_dict |= {f"{name}_denoising": values.detach().sum() for name, values in terms.items()}
             total = total + weighted_sum(terms, config)

@@ -13,6 +13,7 @@ nothing else depends on N, so the cost is linear in the number of pixels.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -274,7 +275,7 @@ class DePerceiverDecoder(DePerceiverPreTrainedModel):
         self.layered = config.decoder_type == "layered"
         num_layers = config.decoder_layers if self.layered else 1
         self.layers = nn.ModuleList(DePerceiverDecoderLayer(config) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(config.d_model) if self.layered else None
+        self.norm: Any = nn.LayerNorm(config.d_model) if self.layered else None
         self.post_init()
 
     @capture_outputs

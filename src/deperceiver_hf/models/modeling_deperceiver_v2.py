@@ -13,6 +13,7 @@ Everything that depends on N costs O(N), whatever Q is; nothing costs N^2.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -201,7 +202,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         self.queries = (
             DePerceiverV2TokenSelector(config) if config.query_selection else DePerceiverV2LearnedQueries(config)
         )
-        self.denoising_classes = None
+        self.denoising_classes: Any = None
         if config.num_denoising_queries:
             self.denoising_classes = nn.Embedding(config.num_labels, config.d_model)
         self.key_values = DePerceiverV2KeyValues(config) if config.share_key_values else None
