@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..benchmarks.report import require_matplotlib
+from ..errors import UserError
 from ..machine import describe_machine
 from ..output_files import require_writable_directory, write_json
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
@@ -58,7 +59,7 @@ def run_comparison(options: ComparisonOptions) -> ComparisonReport:
     """
     require_matplotlib()
     if PartialState().num_processes > 1:
-        raise ValueError("a comparison trains with a single process; start it plainly with `python`.")
+        raise UserError("a comparison trains with a single process; start it plainly with `python`.")
     require_writable_directory(options.output_dir)
     search_seed = _claim(options)
     for model in options.models:
@@ -238,7 +239,7 @@ def _require_same_run(directory: Path, options: TrainingOptions, ignored: set[st
 def _require_same(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     names = sorted(old.keys() | new.keys())
     if changed := [f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in names if old.get(k) != new.get(k)]:
-        raise ValueError(
+        raise UserError(
             f"{directory} has been run with other settings: {'; '.join(changed)}. Give them again, delete it, or take "
             f"another --output_dir."
         )

@@ -13,6 +13,7 @@ from accelerate.utils import LoggerType
 from transformers import HfArgumentParser
 
 from ..data.transforms import AUGMENTATIONS
+from ..errors import UserError
 from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
 from ..machine import PRECISIONS
 from .architectures import ARCHITECTURES, ModelOptions
@@ -68,7 +69,7 @@ class DataOptions(Options):
         if self.longest_edge is not None:
             size["longest_edge"] = self.longest_edge
         if size["shortest_edge"] > size["longest_edge"]:
-            raise ValueError(
+            raise UserError(
                 f"--longest_edge {size['longest_edge']} is less than the shortest edge of {size['shortest_edge']}; "
                 f"give a smaller --shortest_edge too."
             )
@@ -222,13 +223,13 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
 
     def _check_architecture_is_known(self) -> None:
         if self.architecture is not None and self.architecture not in ARCHITECTURES:
-            raise ValueError(f"--architecture {self.architecture}: choose from {', '.join(ARCHITECTURES)}.")
+            raise UserError(f"--architecture {self.architecture}: choose from {', '.join(ARCHITECTURES)}.")
 
     def _check_data(self) -> None:
         if self.shortest_edge and self.longest_edge and self.shortest_edge > self.longest_edge:
-            raise ValueError(f"--shortest_edge {self.shortest_edge} exceeds --longest_edge {self.longest_edge}.")
+            raise UserError(f"--shortest_edge {self.shortest_edge} exceeds --longest_edge {self.longest_edge}.")
         if self.cache_images and self.num_workers:
-            raise ValueError(
+            raise UserError(
                 f"--cache_images keeps images in the training process, but --num_workers {self.num_workers} would "
                 "load them in others that end with every epoch; give --num_workers 0 or no --cache_images."
             )
@@ -241,24 +242,24 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
         if self.lr_scheduler != "wsd":
             self.refuse(["decay_fraction"], f"is an option of --lr_scheduler wsd, not of {self.lr_scheduler}.")
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"--decay_fraction must be more than 0 and at most 1, not {self.decay_fraction}.")
+            raise UserError(f"--decay_fraction must be more than 0 and at most 1, not {self.decay_fraction}.")
         if self.lr == 0:
-            raise ValueError("--lr 0 would train nothing.")
+            raise UserError("--lr 0 would train nothing.")
         if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"--max_minutes must be more than 0, not {self.max_minutes}.")
+            raise UserError(f"--max_minutes must be more than 0, not {self.max_minutes}.")
 
     def _check_run(self) -> None:
         known = {"none", *(str(kind.value) for kind in LoggerType)}
         if unknown := sorted(set(self.report_to) - known):
-            raise ValueError(f"--report_to {' '.join(unknown)}: choose from {', '.join(sorted(known))}.")
+            raise UserError(f"--report_to {' '.join(unknown)}: choose from {', '.join(sorted(known))}.")
         if "none" in self.report_to and len(self.report_to) > 1:
-            raise ValueError("--report_to none cannot be combined with a tracker.")
+            raise UserError("--report_to none cannot be combined with a tracker.")
         try:
             areas_of_sizes(self.size_boundaries)
         except ValueError as error:
-            raise ValueError(f"--{error}") from error
+            raise UserError(f"--{error}") from error
         if self.overwrite_output_dir and self.resume is not None:
-            raise ValueError("--overwrite_output_dir would delete what --resume continues; give one of them.")
+            raise UserError("--overwrite_output_dir would delete what --resume continues; give one of them.")
         if self.eval_steps is not None:
             self.refuse(["eval_every"], "counts epochs, --eval_steps counts steps; give one of them.")
         if self.output_dir is None:

@@ -105,7 +105,7 @@ def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig)
         return options.pretrained_backbone
     backbone = getattr(config.backbone_config, "backbone", None)
     if backbone is None:
-        raise ValueError(
+        raise UserError(
             f"no weights are known for a backbone of type {config.backbone_config.model_type}: give "
             f"--pretrained_backbone or --no_pretrained_backbone."
         )
@@ -122,9 +122,9 @@ def _load_model(options: TrainingOptions, label_names: list[str]) -> PreTrainedM
     config = AutoConfig.from_pretrained(options.model)
     if config.model_type not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
-        raise ValueError(f"--model {options.model} is of type {config.model_type}; {known} can be trained.")
+        raise UserError(f"--model {options.model} is of type {config.model_type}; {known} can be trained.")
     if options.architecture not in (None, config.model_type):
-        raise ValueError(
+        raise UserError(
             f"--model {options.model} is a {config.model_type}, not a {options.architecture}: give --architecture "
             f"{config.model_type} or none."
         )
@@ -137,6 +137,6 @@ def _load_model(options: TrainingOptions, label_names: list[str]) -> PreTrainedM
         options.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
     )
     if missing := sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]}):
-        raise ValueError(f"--model {options.model} lacks {len(missing)} weights, such as {missing[:3]}.")
+        raise UserError(f"--model {options.model} lacks {len(missing)} weights, such as {missing[:3]}.")
     architecture.prepare_saved(model)
     return model

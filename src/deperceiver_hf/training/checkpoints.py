@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..errors import UserError
 from ..output_files import write_json
 from .arguments import TrainingOptions
 from .run_directory import METRICS_FILE, STATE_FILE, RunDirectory, is_state, temporary_path
@@ -86,7 +87,7 @@ def load_state(accelerator: Accelerator, state: Path, fingerprint: dict[str, Any
         for name, value in fingerprint.items()
         if saved["fingerprint"].get(name) != value
     ]:
-        raise ValueError(f"cannot resume from {state}, the run would not be the same: {'; '.join(differences)}.")
+        raise UserError(f"cannot resume from {state}, the run would not be the same: {'; '.join(differences)}.")
     accelerator.load_state(str(state))
     return TrainingProgress.from_dict(saved["progress"])
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
+from ..errors import UserError
+
 FACTS = "facts"  # key in a field's metadata; the others are for argparse
 
 
@@ -82,14 +84,14 @@ class Options:
     def refuse(self, names: Sequence[str], reason: str) -> None:
         """Raise a `ValueError` if one of the named options is given."""
         if given := self.given(names):
-            raise ValueError(f"{', '.join('--' + name for name in given)}: {reason}")
+            raise UserError(f"{', '.join('--' + name for name in given)}: {reason}")
 
     def check_ranges(self) -> None:
         """Raise a `ValueError` if an option is less than it may be, or not a number."""
         for name, facts in self.facts().items():
             value = getattr(self, name)
             if facts.at_least is not None and value is not None and not value >= facts.at_least:
-                raise ValueError(f"--{name} must be at least {facts.at_least}, not {value}.")
+                raise UserError(f"--{name} must be at least {facts.at_least}, not {value}.")
 
 
 def listed(names: Sequence[str], conjunction: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from .arguments import TrainingOptions
 from .building import backbone_parameters
 
@@ -32,7 +33,7 @@ def create_optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("every parameter of the model is frozen: there is nothing to train.")
+        raise UserError("every parameter of the model is frozen: there is nothing to train.")
     return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
 

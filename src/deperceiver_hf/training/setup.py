@@ -27,6 +27,7 @@ from ..data import (
     require_same_labels,
 )
 from ..data.sampling import make_loader
+from ..errors import UserError
 from ..machine import choose_precision, find_device, make_accelerator
 from .arguments import TrainingOptions
 from .building import build_image_processor
@@ -123,7 +124,7 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
     trackers = [name for name in options.report_to if name != "none"]
     available = [str(tracker) for tracker in get_available_trackers()]
     if missing := sorted(set(trackers) - {"all", *available}):
-        raise ValueError(f"--report_to {' '.join(missing)}: not installed; try `pip install {' '.join(missing)}`.")
+        raise UserError(f"--report_to {' '.join(missing)}: not installed; try `pip install {' '.join(missing)}`.")
     precision = choose_precision(options.precision, find_device())
     accelerator = make_accelerator(
         mixed_precision=precision.name,
@@ -135,7 +136,7 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
     if precision.warning:
         logger.warning(precision.warning)
     if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError("give --gradient_accumulation_steps to the script, not to `accelerate launch`.")
+        raise UserError("give --gradient_accumulation_steps to the script, not to `accelerate launch`.")
     return accelerator
 
 

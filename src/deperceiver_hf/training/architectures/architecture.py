@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...backbone_weights import create_model
-from ...errors import refused_fields_as_user_errors
+from ...errors import UserError, refused_fields_as_user_errors
 from .options import ModelOptions
 
 LABEL_FIELDS = ("id2label", "label2id")
@@ -127,11 +127,11 @@ def parse_config_fields(settings: list[str], config_class: type[PreTrainedConfig
     for setting in settings:
         name, _, text = setting.partition("=")
         if name in LABEL_FIELDS:
-            raise ValueError(f"--config {setting}: the labels are those of the data.")
+            raise UserError(f"--config {setting}: the labels are those of the data.")
         if name not in known:
             near = difflib.get_close_matches(name, known)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}."
-            raise ValueError(f"--config {setting}: {config_class.__name__} has no field {name!r}; {hint}")
+            raise UserError(f"--config {setting}: {config_class.__name__} has no field {name!r}; {hint}")
         try:
             values[name] = json.loads(text)
         except json.JSONDecodeError:

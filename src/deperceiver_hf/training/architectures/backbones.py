@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...backbone_weights import load_backbone_weights
+from ...errors import UserError
 from ...models.backbone_deperceiver import backbone_stage
 from ...models.configuration_backbone_deperceiver import timm_out_indices
 from .architecture import Architecture
@@ -73,7 +74,7 @@ def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: 
         ValueError: The weights are of another architecture, or the backbone is not of timm.
     """
     if model.config.backbone_config.model_type != "timm_backbone":
-        raise ValueError(f"a {model.config.model_type} is trained with a timm backbone only: see --backbone.")
+        raise UserError(f"a {model.config.model_type} is trained with a timm backbone only: see --backbone.")
     encoder = model.model.backbone
     wrapped = hasattr(encoder.model, "_backbone")  # by transformers' backbone class, as in RT-DETRv2 and D-FINE
     if from_scratch:

@@ -9,6 +9,7 @@ import transformers
 from torch import distributed, nn
 from transformers import DeformableDetrConfig
 
+from ...errors import UserError
 from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from .architecture import common_fields, new_config, scalars
 from .backbones import TransformersArchitecture, freeze_early_stages, keep_boxes_in_float32, timm_backbone_config
@@ -65,7 +66,7 @@ class DeformableDetrArchitecture(TransformersArchitecture):
         """
         hidden_dim = options.hidden_dim
         if hidden_dim is not None and hidden_dim % NORM_GROUPS:
-            raise ValueError(f"--hidden_dim {hidden_dim}: a deformable_detr needs a multiple of {NORM_GROUPS}.")
+            raise UserError(f"--hidden_dim {hidden_dim}: a deformable_detr needs a multiple of {NORM_GROUPS}.")
         feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
         fields = {
             "backbone_config": timm_backbone_config(options.backbone, [8, 16, 32]),

@@ -6,6 +6,7 @@ import transformers
 from transformers import DetrConfig
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
+from ...errors import UserError
 from ...models.image_processing_deperceiver import DePerceiverImageProcessor
 from ...models.loss_deperceiver import set_prediction_loss
 from .architecture import common_fields, new_config
@@ -65,7 +66,7 @@ class DetrArchitecture(TransformersArchitecture):
         """The model reads the feature map of `--downsample_factor` of the same backbone."""
         stride = options.downsample_factor or 32
         if options.dilation and stride != 32:
-            raise ValueError(
+            raise UserError(
                 f"--dilation changes the stage of stride 32, which --downsample_factor {stride} leaves out."
             )
         fields = {

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ...errors import UserError
 from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from .architecture import new_config, scalars
 from .backbones import (
@@ -62,18 +63,18 @@ class HybridEncoderDetector(OwnLossInFloat32):
     def _check_images(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
         kind, (height, width) = self.config.model_type, pixel_values.shape[-2:]
         if pixel_mask is not None and not pixel_mask.all():
-            raise ValueError(
+            raise UserError(
                 f"a {kind} knows no padding, its boxes would be relative to the padded image: make all images of a "
                 f"batch the same size (images of one size with an --augmentation that keeps it, or --batch_size 1)."
             )
         if height % STRIDES[-1] or width % STRIDES[-1]:
-            raise ValueError(
+            raise UserError(
                 f"the image is {height} x {width} pixels, but a {kind} takes sides that are multiples of "
                 f"{STRIDES[-1]} only: see --shortest_edge and --longest_edge."
             )
         cells = sum((height // stride) * (width // stride) for stride in STRIDES)
         if cells < self.config.num_queries:
-            raise ValueError(
+            raise UserError(
                 f"the image of {height} x {width} pixels has {cells} cells to pick {self.config.num_queries} queries "
                 f"from: give larger images or fewer --num_queries."
             )

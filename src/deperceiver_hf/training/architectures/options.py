@@ -8,6 +8,7 @@ refused.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...errors import UserError
 from ..declaration import Options, declared, listed, option
 
 DEFAULT_ARCHITECTURE = "deperceiver_v2"
@@ -193,7 +194,7 @@ class ModelOptions(Options):
             self.refuse(["pretrained_backbone"], "contradicts --no_pretrained_backbone.")
         for setting in self.config or []:
             if not setting.partition("=")[1]:
-                raise ValueError(f"--config {setting}: write FIELD=VALUE, such as --config dropout=0.1.")
+                raise UserError(f"--config {setting}: write FIELD=VALUE, such as --config dropout=0.1.")
         if self.model is not None:
             new_model_only = [name for name, facts in self.facts().items() if facts.new_model_only]
             self.refuse(
@@ -205,7 +206,7 @@ class ModelOptions(Options):
             self.architecture = DEFAULT_ARCHITECTURE
         self.check_architecture(self.architecture, chosen)
         if self.architecture == "detr" and self.downsample_factor == 4:
-            raise ValueError("--downsample_factor 4 is too fine for --architecture detr; use 8, 16 or 32.")
+            raise UserError("--downsample_factor 4 is too fine for --architecture detr; use 8, 16 or 32.")
         if self.architecture == "deperceiver" and self.no_aux_loss:
             self.refuse(["dec_layers"], "--no_aux_loss trains the decoder of a single cross-attention.")
 
