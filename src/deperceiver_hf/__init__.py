@@ -19,7 +19,7 @@ from .models.modeling_deperceiver_v2 import (
     DePerceiverV2PreTrainedModel,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 for _config, _model, _detector, _processor in (
     (DePerceiverConfig, DePerceiverModel, DePerceiverForObjectDetection, DePerceiverImageProcessor),

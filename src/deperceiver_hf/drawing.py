@@ -220,5 +220,5 @@ def _fitting(text: str, font, width: int) -> str:
 
 def _corners(boxes: list) -> np.ndarray:
     """(x, y, width, height) to corners, (n, 4)."""
-    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    sides = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    return np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], axis=1)

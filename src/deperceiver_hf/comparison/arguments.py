@@ -106,7 +106,8 @@ class ComparisonOptions:
         if self.minutes is None and self.steps is None:
             raise UserError("give --minutes, --steps or both: how long every model is trained.")
         names = [model.name for model in self.models]
-        for option, values in {"--models": names, "--seeds": self.seeds, "--lrs": self.lrs}.items():
+        lists: dict[str, Sequence[Any]] = {"--models": names, "--seeds": self.seeds, "--lrs": self.lrs}
+        for option, values in lists.items():
             if not values:
                 raise UserError(f"{option} is empty.")
             if twice := sorted({value for value in values if values.count(value) > 1}):
@@ -132,7 +133,7 @@ class ComparisonOptions:
     @property
     def budgets(self) -> dict[str, tuple[float | None, int | None]]:
         """(minutes, steps) of each set of runs, by the name of its directory."""
-        budgets = {}
+        budgets: dict[str, tuple[float | None, int | None]] = {}
         if self.minutes is not None:
             budgets[f"minutes-{self.minutes:g}"] = (self.minutes, None)
         if self.steps is not None:
@@ -165,7 +166,7 @@ class ComparisonOptions:
             given["config"] = config
         from_scratch = given.get("no_pretrained_backbone", False)
         given.setdefault("lr_backbone", given["lr"] if from_scratch else given["lr"] / 10)
-        decided = {
+        decided: dict[str, Any] = {
             "output_dir": str(output_dir),
             "run_name": f"{model.name}-seed-{seed}",
             "seed": seed,

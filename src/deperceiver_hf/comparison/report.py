@@ -112,7 +112,7 @@ class ComparisonReport:
             lines += [
                 "## Failed",
                 "",
-                *[f"- {_name(run)}: {' '.join(run.failure.split())}" for run in self.failures],
+                *[f"- {_name(run)}: {' '.join((run.failure or '').split())}" for run in self.failures],
                 "",
             ]
         if trials := [run for run in self.runs if run.budget == SEARCH]:

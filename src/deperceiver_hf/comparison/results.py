@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of a comparison has left in its directory."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class RunResult:
         step: Optimizer steps done.
         seconds: Of training, evaluations excluded.
         images: Seen in training.
-        metrics: Of the model at the end.
+        metrics: Of the model at the end; empty if it failed.
         final_loss: Mean over the last fifth of the steps.
         curve: All evaluations, in order.
     """
@@ -48,7 +49,7 @@ class RunResult:
     step: int = 0
     seconds: float = 0.0
     images: int = 0
-    metrics: dict[str, float] | None = None
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     final_loss: float = math.inf
     curve: tuple[CurvePoint, ...] = ()
 

@@ -19,7 +19,7 @@ import datetime
 import fcntl
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is
         command: The command line, for the report.
         failure_is_a_result: Do not repeat a run whose loss was not finite.
     """
-    directory = Path(options.output_dir)
+    directory = Path(options.directory)
     training, failure = RunDirectory(directory), directory / FAILURE_FILE
     with _locked(directory):
         if training.is_finished:
@@ -182,7 +182,7 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
         edge = data.image_processor.size.shortest_edge
         parameters, flops = count_model(options, data.train.label_names, edge)
         _describe(
-            Path(options.output_dir),
+            Path(options.directory),
             model,
             options,
             command,
@@ -190,7 +190,7 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
             flops=flops,
             image_size=edge,
             training_images=len(data.dataset),
-            evaluation_images=len(data.evaluation.dataset),
+            evaluation_images=len(data.require_evaluation().dataset),
             batches_per_epoch=len(data.sampler),
             device=str(trainer.accelerator.device),
         )
@@ -228,7 +228,7 @@ def _settings(options: TrainingOptions) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
-def _require_same_run(directory: Path, options: TrainingOptions, ignored: set[str] = frozenset()) -> None:
+def _require_same_run(directory: Path, options: TrainingOptions, ignored: Set[str] = frozenset()) -> None:
     """Refuse to go on with a run, or to take its result, if it has other settings; a failed one may be changed."""
     path = directory / RUN_FILE
     if path.exists() and not _has_failed(directory):

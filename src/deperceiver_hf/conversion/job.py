@@ -48,7 +48,7 @@ class Conversion:
             decoder = f"{config.decoder_layers}-layer decoder"
         lines = [
             f"DePerceiver: backbone {getattr(config.backbone_config, 'backbone', None)}, "
-            f"stride {', '.join(map(str, config.feature_strides))}, {config.position_embedding_type} positions, "
+            f"stride {', '.join(map(str, config.strides))}, {config.position_embedding_type} positions, "
             f"{config.num_latents} latents, {config.num_blocks} x {config.num_self_attends_per_block} layers, "
             f"{decoder}, {config.num_queries} queries, {config.num_labels} classes",
             f"Model: {self.output_dir}",

@@ -112,7 +112,7 @@ class DetectionDataset(Dataset):
         state = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(state[0] >> 1))  # the CPU's alone: workers must not touch CUDA
-            return self.transforms(sample)
+            return sample if self.transforms is None else self.transforms(sample)
 
 
 def _to_coco(sample: dict[str, Any], image_id: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -158,7 +159,7 @@ def _read_categories(splits: dict[str, Dataset], category_key: str) -> tuple[dic
     feature = _object_fields(first).get(category_key)
     if isinstance(feature, ClassLabel):
         return {index: index for index in range(feature.num_classes)}, list(feature.names)
-    values = set()
+    values: set[Any] = set()
     for dataset in splits.values():
         if "objects" in dataset.column_names:
             for entry in _iterate_column(dataset, "objects"):

@@ -44,7 +44,8 @@ def read_header(source) -> ImageHeader | None:
     try:
         with PIL.Image.open(source) as image:
             orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            return ImageHeader(*image.size, orientation if orientation in range(1, 9) else 1)
+            width, height = image.size
+            return ImageHeader(width, height, orientation if orientation in range(1, 9) else 1)
     except _READ_ERRORS:
         return None
 

@@ -78,15 +78,17 @@ class TrainingBatchSampler(Sampler[list[int]]):
         yield from batches[self.process_index :: self.num_processes][self.skip :]
 
     def _grouped(self, order: list[int]) -> list[list[int]]:
-        batches, open_batches = [], defaultdict(list)
-        groups = np.searchsorted(ASPECT_RATIO_EDGES, self.ratios, side="right")
+        ratios = np.asarray(self.ratios)
+        batches: list[list[int]] = []
+        open_batches: defaultdict[int, list[int]] = defaultdict(list)
+        groups = np.searchsorted(ASPECT_RATIO_EDGES, ratios, side="right")
         for index in order:
             open_batch = open_batches[int(groups[index])]
             open_batch.append(index)
             if len(open_batch) == self.batch_size:
                 batches.append(open_batch.copy())
                 open_batch.clear()
-        left = sorted((index for batch in open_batches.values() for index in batch), key=lambda i: self.ratios[i])
+        left = sorted((index for batch in open_batches.values() for index in batch), key=lambda i: ratios[i])
         return batches + _split(left, self.batch_size)
 
 

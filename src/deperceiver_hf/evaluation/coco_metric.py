@@ -10,6 +10,7 @@ import io
 import itertools
 import tempfile
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -136,7 +137,7 @@ class CocoDetectionMetric(evaluate.Metric):
         thresholds = evaluation.params.iouThrs
         at = {name: precision[np.isclose(thresholds, value)] for name, value in (("ap50", 0.5), ("ap75", 0.75))}
         areas = list(enumerate(("small", "medium", "large"), start=1))
-        scores = {"ap": _mean(precision[:, :, :, 0, -1])}
+        scores: dict[str, Any] = {"ap": _mean(precision[:, :, :, 0, -1])}
         scores |= {name: _mean(curves[:, :, :, 0, -1]) for name, curves in at.items()}
         scores |= {f"ap_{name}": _mean(precision[:, :, :, index, -1]) for index, name in areas}
         scores |= {f"ar{number}": _mean(recall[:, :, 0, index]) for index, number in enumerate(self.max_detections)}

@@ -181,7 +181,7 @@ def _countable_size(config: DePerceiverConfig) -> tuple[int, int]:
     """The default image size, or the part of it that learned positions reach over."""
     limit = max(IMAGE_SIZE)
     if config.position_embedding_type == "learned":
-        limit = config.num_position_embeddings * min(config.feature_strides) // (2 if config.dilation else 1)
+        limit = config.num_position_embeddings * min(config.strides) // (2 if config.dilation else 1)
     return min(IMAGE_SIZE[0], limit), min(IMAGE_SIZE[1], limit)
 
 
@@ -222,9 +222,10 @@ def _scale_of(config: DePerceiverConfig) -> str | None:
 
 
 def _field(config: DePerceiverConfig, name: str) -> Any:
+    value: Any = config
     for part in name.split("."):
-        config = getattr(config, part, None)
-    return config
+        value = getattr(value, part, None)
+    return value
 
 
 def _describe_encoder(config: DePerceiverConfig) -> str:
@@ -262,14 +263,15 @@ def _training_command(config: DePerceiverConfig, output_dir: str) -> str | None:
         options.append("--multiscale")
     elif config.num_feature_levels != 1:
         return None
-    elif config.feature_strides[0] != recipe["downsample_factor"]:
-        options.append(f"--downsample_factor {config.feature_strides[0]}")
-    if config.d_latents != config.d_model or config.backbone_config.model_type != "timm_backbone":
+    elif config.strides[0] != recipe["downsample_factor"]:
+        options.append(f"--downsample_factor {config.strides[0]}")
+    backbone: Any = config.backbone_config
+    if config.d_latents != config.d_model or backbone.model_type != "timm_backbone":
         return None
     if config.dilation:
         options.append("--dilation")
     described = {
-        "backbone": (config.backbone_config.backbone, "resnet50"),
+        "backbone": (backbone.backbone, "resnet50"),
         "position_embedding": (config.position_embedding_type, "sine"),
         "num_latents": (config.num_latents, recipe["num_latents"]),
         "enc_blocks": (config.num_blocks, 3),

@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -215,12 +216,13 @@ def _comparable_costs(config: DePerceiverV2Config, height: int, width: int) -> M
     costs = {
         "this model": count_cost(lambda: DePerceiverV2ForObjectDetection(counted), height, width, config.num_channels)
     }
-    if config.backbone_config.model_type != "timm_backbone" or config.dilation or config.num_channels != 3:
+    backbone: Any = config.backbone_config
+    if backbone.model_type != "timm_backbone" or config.dilation or config.num_channels != 3:
         return costs
     costs["DETR on the same tokens"] = count_cost(
         lambda: make_detr(
-            config.feature_strides,
-            backbone=config.backbone_config.backbone,
+            config.strides,
+            backbone=backbone.backbone,
             d_model=config.d_model,
             num_heads=config.num_attention_heads,
             attn_implementation="eager",

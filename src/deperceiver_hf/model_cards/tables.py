@@ -2,6 +2,7 @@
 """Tables and words of the model cards."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..benchmarks.cost import Cost
 from ..benchmarks.report import markdown_table
@@ -26,8 +27,9 @@ def cost_table(costs: Mapping[str, Cost]) -> str:
 
 def describe_backbone(config: DePerceiverBackboneConfig) -> str:
     """Name of the backbone, and which of its feature maps are read."""
-    name = getattr(config.backbone_config, "backbone", None) or config.backbone_config.model_type
-    *others, last = config.feature_strides
+    backbone: Any = config.backbone_config
+    name = getattr(backbone, "backbone", None) or backbone.model_type
+    *others, last = config.strides
     text = (
         f"feature maps of strides {', '.join(map(str, others))} and {last}"
         if others

@@ -99,8 +99,8 @@ def write_model_cards(
         with atomic_path(files[-1]) as temporary:
             temporary.write_text(f"{text}\n", encoding="utf-8")
     if evaluations:
-        kept = {key: [asdict(evaluation) for evaluation in measured[key]] for key in CARDS if key in measured}
-        write_json(output_dir / MEASURED_FILE, kept)
+        figures = {key: [asdict(evaluation) for evaluation in measured[key]] for key in CARDS if key in measured}
+        write_json(output_dir / MEASURED_FILE, figures)
     return files
 
 

@@ -135,7 +135,7 @@ class DetectionProcessingMixin(Backend):
         return image.to(device)
 
     @classmethod
-    def backend_classes(cls) -> dict[str, type]:
+    def backend_classes(cls) -> dict[str, Any]:
         """The classes of both backends, by the names that `AutoImageProcessor.register` knows them by."""
         raise NotImplementedError
 
@@ -393,12 +393,12 @@ def coco_to_target(
         target_boxes = corners * np.array(resized_size[::-1] * 2)
 
     scale = (resized_size[0] * resized_size[1]) / (original_size[0] * original_size[1])
-    class_labels = np.array(class_labels, dtype=np.int64)[keep]
+    labels = np.array(class_labels, dtype=np.int64)[keep]
     target = {
-        "class_labels": class_labels,
+        "class_labels": labels,
         "boxes": target_boxes[keep].astype(np.float32),
         "area": (np.array(areas, dtype=np.float64)[keep] * scale).astype(np.float32),
-        "iscrowd": np.zeros_like(class_labels),
+        "iscrowd": np.zeros_like(labels),
         "image_id": np.array([image_id], dtype=np.int64),
         "orig_size": np.array(original_size, dtype=np.int64),
         "size": np.array(resized_size, dtype=np.int64),

@@ -16,7 +16,7 @@ class SoftmaxDetectionMixin(DetectionProcessingMixin):
     """Post-processing of models whose classes, "no object" among them, share one softmax."""
 
     @classmethod
-    def backend_classes(cls) -> dict[str, type]:
+    def backend_classes(cls) -> dict[str, Any]:
         return {"torchvision": DePerceiverImageProcessor, "pil": DePerceiverImageProcessorPil}
 
     def post_process_object_detection(

@@ -13,7 +13,7 @@ class SigmoidDetectionMixin(DetectionProcessingMixin):
     """Post-processing of models that score each class by a sigmoid of its own."""
 
     @classmethod
-    def backend_classes(cls) -> dict[str, type]:
+    def backend_classes(cls) -> dict[str, Any]:
         return {"torchvision": DePerceiverV2ImageProcessor, "pil": DePerceiverV2ImageProcessorPil}
 
     def post_process_object_detection(

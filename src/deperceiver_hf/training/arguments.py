@@ -38,7 +38,7 @@ class DataOptions(Options):
         at_least=1,
     )
     longest_edge: int | None = option("Limit of the longest edge; 1333 if not given.", at_least=1)
-    augmentation: Literal[AUGMENTATIONS] = option(
+    augmentation: Literal[AUGMENTATIONS] = option(  # type: ignore[valid-type]
         "original: flip, random resize and crop, as DETR; flip: flip only; none: images as they are; crop: flip, mild "
         "crop and change of colours, always at full size; crop_any_orientation: the same for images without an up.",
         "original",
@@ -114,7 +114,7 @@ class OptimizationOptions(Options):
     # Of a resumed run, what these three lead to is compared.
     amp: bool = option("Mixed precision in float16 (in bfloat16 with --use_bfloat).", False, resume_may_change=True)
     use_bfloat: bool = option("Mixed precision in bfloat16.", False, resume_may_change=True)
-    mixed_precision: Literal[("auto", *PRECISIONS)] = option(
+    mixed_precision: Literal[("auto", *PRECISIONS)] = option(  # type: ignore[valid-type]
         "The same by name. auto: what `accelerate launch` was told, else bfloat16 where the hardware computes in it, "
         "float16 on older CUDA devices, float32 elsewhere.",
         "auto",
@@ -213,6 +213,11 @@ class RunOptions(Options):
 class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions):
     """All options of a training run; a combination that makes no sense raises `ValueError` when it is made."""
 
+    @property
+    def directory(self) -> str:
+        """Where everything is written."""
+        return self.output_dir or f"outputs/{self.run_name}"
+
     def __post_init__(self) -> None:
         self.check_ranges()
         self._check_data()
@@ -262,8 +267,7 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             raise UserError("--overwrite_output_dir would delete what --resume continues; give one of them.")
         if self.eval_steps is not None:
             self.refuse(["eval_every"], "counts epochs, --eval_steps counts steps; give one of them.")
-        if self.output_dir is None:
-            self.output_dir = f"outputs/{self.run_name}"
+        self.output_dir = self.directory
 
 
 def make_parser(**options: Any) -> HfArgumentParser:
@@ -280,7 +284,7 @@ def make_parser(**options: Any) -> HfArgumentParser:
     )
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingOptions:
+def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingOptions:  # type: ignore[return]
     """Options from a command line (`sys.argv` by default); ends the program with code 2 if they make no sense."""
     parser = make_parser()
     namespace = parser.parse_args(arguments)

@@ -35,9 +35,9 @@ def build_model(
     """
     with refused_fields_as_user_errors():
         if options.model is not None:
-            model = _load_model(options, label_names)
+            model = _load_model(options.model, options, label_names)
         else:
-            architecture = ARCHITECTURES[options.architecture]
+            architecture = ARCHITECTURES[options.chosen_architecture]
             config = architecture.make_config(options, label_names)
             weights = pretrained_backbone_name(options, config) if load_pretrained_backbone else None
             model = architecture.create(config, options, weights)
@@ -62,7 +62,9 @@ def build_image_processor(options: TrainingOptions) -> Any:
         OSError: A saved model or the configuration of weights on the Hub cannot be read.
     """
     if options.model is None:
-        processor = ARCHITECTURES[options.architecture].image_processor_class(**preprocessing_of_new_model(options))
+        processor = ARCHITECTURES[options.chosen_architecture].image_processor_class(
+            **preprocessing_of_new_model(options)
+        )
     else:
         require_model_source(options.model)
         processor = AutoImageProcessor.from_pretrained(options.model)
@@ -77,7 +79,7 @@ def preprocessing_of_new_model(options: TrainingOptions) -> dict[str, Any]:
     Torchvision's weights of a ResNet, the default, expect what the original does: ImageNet's numbers and bilinear.
     A backbone of transformers takes them from the image processor that is saved with its weights, if there is one.
     """
-    config = ARCHITECTURES[options.architecture].make_config(options, ["object"])
+    config = ARCHITECTURES[options.chosen_architecture].make_config(options, ["object"])
     weights = pretrained_backbone_name(options, config)
     backbone = getattr(config.backbone_config, "backbone", None)
     try:
@@ -117,8 +119,8 @@ def backbone_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]
     return {name: parameter for name, parameter in model.named_parameters() if "backbone" in name.split(".")}
 
 
-def _load_model(options: TrainingOptions, label_names: list[str]) -> PreTrainedModel:
-    require_model_source(options.model)
+def _load_model(source: str, options: TrainingOptions, label_names: list[str]) -> PreTrainedModel:
+    require_model_source(source)
     config = AutoConfig.from_pretrained(options.model)
     if config.model_type not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)

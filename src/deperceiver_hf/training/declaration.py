@@ -45,17 +45,22 @@ def declared(help_text: str, *, metavar: Any = None, **facts: Any) -> dict[str, 
 class Options:
     """Base of dataclasses whose fields are made by [`option`]."""
 
+    _argument_group_name: str  # in the help of `HfArgumentParser`
+
+    @classmethod
+    def _fields(cls) -> tuple[Any, ...]:
+        own: Any = cls  # each subclass is a dataclass
+        return dataclasses.fields(own)
+
     @classmethod
     def facts(cls) -> dict[str, OptionFacts]:
         """The facts of every option, by its name."""
-        return {f.name: f.metadata[FACTS] for f in dataclasses.fields(cls)}
+        return {f.name: f.metadata[FACTS] for f in cls._fields()}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """The default of every option, by its name."""
-        return {
-            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in dataclasses.fields(cls)
-        }
+        return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in cls._fields()}
 
     @classmethod
     def for_parser(cls, **types: Any) -> type:
@@ -66,7 +71,7 @@ class Options:
             types: Of options whose type is narrower on the command line, by name.
         """
         fields = []
-        for f in dataclasses.fields(cls):
+        for f in cls._fields():
             metadata = {key: value for key, value in f.metadata.items() if key != FACTS}
             if (architectures := f.metadata[FACTS].of) is not None:
                 metadata["help"] += f" Only for {listed(architectures, 'and')}."

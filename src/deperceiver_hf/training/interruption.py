@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
+from typing import Any
 
 GRACE_SECONDS = 5.0  # a launcher passes on the Ctrl-C that its children have had from the terminal already
 
@@ -19,7 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._first = 0.0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

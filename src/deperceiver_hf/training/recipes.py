@@ -150,7 +150,7 @@ def _given_options(arguments: list[str]) -> dict[str, Any]:
 
 def _contradicted(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
     """Options of a recipe that those given beside it leave no room for."""
-    asked = TrainingOptions.defaults() | values
+    asked = {**TrainingOptions.defaults(), **values}
     changed = {name: value for name, value in given.items() if value != asked[name]}
     contradicted = {other for name in changed for other in CONTRADICTED_BY.get(name, ())} - given.keys()
     facts = TrainingOptions.facts()

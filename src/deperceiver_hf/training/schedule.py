@@ -73,4 +73,4 @@ class RunSchedule:
 
 def _divides(every: int | None, count: int) -> bool:
     """Whether something that happens once in so many steps or epochs happens now; never if not given or 0."""
-    return bool(every) and count % every == 0
+    return every is not None and every > 0 and count % every == 0

@@ -97,6 +97,12 @@ class TrainingData:
         collate = DetectionCollator(image_processor, do_resize=False)
         return cls(train, evaluation, image_processor, dataset, collate, sampler)
 
+    def require_evaluation(self) -> DetectionData:
+        """The data of the evaluations of a run that has some."""
+        if self.evaluation is None:
+            raise RuntimeError("this run never evaluates")
+        return self.evaluation
+
     def loader(self, epoch: int, skip: int, *, num_workers: int, pin_memory: bool) -> DataLoader:
         """This process's batches of an epoch, but for the first `skip`."""
         self.sampler.set_epoch(epoch, skip=skip)

@@ -53,7 +53,7 @@ class DetectionTrainer:
 
     def __init__(self, options: TrainingOptions):
         self.options = options
-        self.run_directory = RunDirectory(options.output_dir)
+        self.run_directory = RunDirectory(options.directory)
         self.accelerator = create_accelerator(options)
         self.state = main_process_first(self.accelerator, lambda: find_resumed_state(options, self.run_directory))
         self.data = TrainingData.load(options, self.accelerator)
@@ -291,7 +291,7 @@ class DetectionTrainer:
         result = evaluate_detector(
             self.model,
             self.data.image_processor,
-            self.data.evaluation,
+            self.data.require_evaluation(),
             accelerator=self.accelerator,
             batch_size=options.batch_size,
             num_workers=options.num_workers,

@@ -50,9 +50,10 @@ class SyntheticScenes:
     """
 
     image_size: int = 256
-    min_objects: int | None = None
-    max_objects: int | None = None
-    object_sizes: tuple[tuple[float, float, float], ...] | None = None
+    # Of these three, None stands for what suits `image_size`, and is replaced by it.
+    min_objects: int = None  # type: ignore[assignment]
+    max_objects: int = None  # type: ignore[assignment]
+    object_sizes: tuple[tuple[float, float, float], ...] = None  # type: ignore[assignment]
     seed: int = 0
     context: int = 0
 

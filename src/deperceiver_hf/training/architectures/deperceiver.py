@@ -35,7 +35,7 @@ class DePerceiverArchitecture(Architecture):
             **_decoder_dropouts(options, layered=not options.no_aux_loss),
         }
         if options.position_embedding == "learned":
-            finest = 8 if options.multiscale else strides or 32
+            finest = 8 if options.multiscale else options.downsample_factor or 32
             cells = math.ceil(options.image_size()["longest_edge"] / finest)
             fields["num_position_embeddings"] = max(50, cells)
         if options.no_pretrained_backbone:

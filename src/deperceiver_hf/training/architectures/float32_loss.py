@@ -2,12 +2,17 @@
 """Mix-in of transformers' detectors that are trained with their own loss."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as Detector
+else:
+    Detector = object  # the classes that are made of the mix-in bring the real one
 
-class OwnLossInFloat32:
+
+class OwnLossInFloat32(Detector):
     """Computes transformers' loss in float32, matching and IoU included, whatever autocast says."""
 
     @property
@@ -22,8 +27,8 @@ def _call_in_float32(
         if not values.isfinite().all():
             raise FloatingPointError(f"the loss needs finite numbers, but {name} are not.")
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        args = [_to_float32(value) for value in (logits, labels, device, pred_boxes, *args)]
-        return function(*args, **{name: _to_float32(value) for name, value in kwargs.items()})
+        arguments = [_to_float32(value) for value in (logits, labels, device, pred_boxes, *args)]
+        return function(*arguments, **{name: _to_float32(value) for name, value in kwargs.items()})
 
 
 def _to_float32(value: Any) -> Any:

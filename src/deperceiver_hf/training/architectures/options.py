@@ -202,13 +202,17 @@ class ModelOptions(Options):
             )
             return
         chosen = self.architecture is not None
-        if not chosen:
-            self.architecture = DEFAULT_ARCHITECTURE
+        self.architecture = self.chosen_architecture
         self.check_architecture(self.architecture, chosen)
         if self.architecture == "detr" and self.downsample_factor == 4:
             raise UserError("--downsample_factor 4 is too fine for --architecture detr; use 8, 16 or 32.")
         if self.architecture == "deperceiver" and self.no_aux_loss:
             self.refuse(["dec_layers"], "--no_aux_loss trains the decoder of a single cross-attention.")
+
+    @property
+    def chosen_architecture(self) -> str:
+        """Name of a new model's architecture."""
+        return self.architecture or DEFAULT_ARCHITECTURE
 
     def check_architecture(self, architecture: str, chosen: bool = True) -> None:
         """Refuse options that mean nothing to an architecture.
