@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverV2Config, DePerceiverV2ForObjectDetection
+from deperceiver_hf.benchmarks import cost
 from deperceiver_hf.benchmarks.cost import Cost, compare_costs, count_cost, count_peak_memory
 from deperceiver_hf.benchmarks.scaling import compare_scaling, draw_scaling, split_at_backbone
 from deperceiver_hf.benchmarks.timing import compare_times, time_models
@@ -23,6 +25,7 @@ from deperceiver_hf.benchmarks.variants import (
     make_variant,
     with_backbone,
 )
+from deperceiver_hf.errors import UserError
 from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -187,7 +190,8 @@ def test_only_deperceiver_is_affine_in_the_tokens(name, is_affine, figure):
 
 
 def test_multiscale_has_the_tokens_of_its_scales():
-    tokens = {name: count(name, 96, 128).tokens for name in VARIANT_NAMES}
+    ours = [name for name in VARIANT_NAMES if name.startswith(("detr", "deperceiver"))]
+    tokens = {name: count(name, 96, 128).tokens for name in ours}
     for architecture in ("detr", "deperceiver"):
         parts = [tokens[f"{architecture}-{scale}"] for scale in ("32", "16", "8")]
         assert parts == [3 * 4, 6 * 8, 12 * 16]
@@ -367,3 +371,29 @@ def test_script_refuses_in_one_line(monkeypatch, capsys, arguments):
     errors = capsys.readouterr().err
     assert errors.startswith("deperceiver benchmark: error: ")
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["deformable-detr", "rt-detr-v2", "d-fine"])
+def test_models_of_transformers_are_counted_and_timed(name):
+    """On fake tensors, which have no contents, they cost what they cost on real ones."""
+    counted = count_cost(partial(make_variant, name, backbone="test_resnet", attn_implementation="eager"), 256, 256)
+    assert counted.tokens >= 32 * 32 + 16 * 16 + 8 * 8
+    model = make_variant(name, backbone="test_resnet", attn_implementation="eager").requires_grad_(False)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 256, 256))
+    assert counted.flops == counter.get_total_flops()
+    report = compare_times([name], height=256, width=256, backbone="test_resnet", warmup=0, repeats=1, progress=False)
+    assert report.rows[name]["latency"] > 0
+
+
+@pytest.mark.parametrize("name", ["rt-detr-v2", "d-fine"])
+def test_sides_that_a_model_does_not_take_are_refused_before_any_work(name):
+    for compare in (compare_costs, compare_times):
+        with pytest.raises(UserError, match=f"{name} takes images whose sides are multiples of 32"):
+            compare(["deperceiver-v2-nano", name], height=256, width=250)
+
+
+def test_without_names_all_are_counted_that_take_the_size(monkeypatch):
+    monkeypatch.setattr(cost, "count_cost", lambda make, height, width: Cost(*[1] * 8))
+    assert list(compare_costs(height=256, width=256).rows) == list(VARIANT_NAMES)
+    assert set(VARIANT_NAMES) - set(compare_costs(height=256, width=250).rows) == {"rt-detr-v2", "d-fine"}

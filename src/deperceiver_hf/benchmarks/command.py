@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="count for one image, without weights and in seconds",
         description="Count FLOPs (a multiplication with its addition is 2), activations, memory and parameters.",
     )
-    counted.add_argument("--models", nargs="+", default=list(VARIANT_NAMES), metavar="NAME", help=f"{names} (all).")
+    counted.add_argument("--models", nargs="+", metavar="NAME", help=f"{names} (all that take the size).")
     timed = modes.add_parser(
         "time",
         parents=[image, shared],

@@ -48,10 +48,12 @@ Peak memory is what is alive at once when a plain forward pass without gradients
 
 import contextlib
 import math
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +65,16 @@ from transformers import DetrForObjectDetection
 
 from ..errors import UserError
 from .report import BenchmarkReport
-from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, VARIANT_NAMES, check_models, make_variant, with_backbone
+from .variants import (
+    DEFAULT_NUM_LATENTS,
+    OWN_BACKBONES,
+    VARIANT_NAMES,
+    check_models,
+    check_sides,
+    make_variant,
+    takes_sides,
+    with_backbone,
+)
 
 MATRIX_PRODUCTS = (
     torch.ops.aten.mm.default,
@@ -110,8 +121,7 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
     """Count what a detector costs for one image without padding.
 
     Args:
-        make_model: Makes a DePerceiver of either architecture, transformers' DETR or a
-            [`~deperceiver_hf.benchmarks.variants.MultiscaleDetr`], with eager attention.
+        make_model: Makes one of [`~deperceiver_hf.benchmarks.variants.VARIANTS`] with eager attention.
         height, width: Size of the image that the model sees, in pixels.
         num_channels: Of the image.
 
@@ -183,13 +193,30 @@ def _make_without_contents(make_model: Callable[[], nn.Module]) -> nn.Module:
 
 def _run_without_contents(model: nn.Module, image_shape: tuple[int, ...], *counters: TorchDispatchMode) -> None:
     """A forward pass on fake tensors: unlike on the meta device, the operations are those of a real device."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _unchecked_values():
         model.to_empty(device="cpu")
         pixel_values = torch.empty(image_shape)
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for counter in counters:
                 stack.enter_context(counter)
             model(pixel_values)
+
+
+@contextlib.contextmanager
+def _unchecked_values() -> Iterator[None]:
+    """Within, transformers does not look into arrays, which have no contents here, to check a model's input."""
+    name = "torch_compilable_check"
+    loaded = [module for key, module in sys.modules.items() if key.startswith("transformers.")]
+    with contextlib.ExitStack() as stack:
+        for module in loaded:
+            if name in vars(module):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, _check_nothing)
+        yield
+
+
+def _check_nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 class _ActivationCounter(TorchDispatchMode):
@@ -255,7 +282,7 @@ def check_at_least_one(**values: int) -> None:
 
 
 def compare_costs(
-    models: Sequence[str] = VARIANT_NAMES,
+    models: Sequence[str] | None = None,
     *,
     height: int = 800,
     width: int = 800,
@@ -265,7 +292,7 @@ def compare_costs(
     """Count FLOPs, activations and parameters of models for one image; see [`count_cost`].
 
     Args:
-        models: Names of `VARIANT_NAMES`.
+        models: Names of `VARIANT_NAMES`; if not given, all that take images of this size.
         height, width: Size of the image in pixels.
         backbone: Name of a timm model for all; if not given, see [`make_variant`].
         num_latents: Length of the latent array of the first DePerceiver.
@@ -273,7 +300,10 @@ def compare_costs(
     Raises:
         ValueError: An argument is out of range.
     """
+    if models is None:
+        models = [name for name in VARIANT_NAMES if takes_sides(name, height, width)]
     check_models(models)
+    check_sides(models, height, width)
     check_at_least_one(num_latents=num_latents)
     rows = {}
     for name in models:

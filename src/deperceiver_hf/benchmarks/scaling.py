@@ -21,7 +21,7 @@ from ..output_files import atomic_path, require_writable_file
 from .cost import check_at_least_one, check_image_size, count_cost, count_peak_memory
 from .report import BenchmarkReport, require_matplotlib
 from .timing import time_models
-from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, make_variant, with_backbone
+from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, check_sides, make_variant, with_backbone
 
 SCALED_BY_DEFAULT = (
     *("detr-32", "detr-16", "detr-multiscale"),
@@ -67,6 +67,7 @@ def compare_scaling(
         raise UserError("sizes must name at least one side of an image.")
     for size in sizes:
         check_image_size(size, size)
+        check_sides(models, size, size)
     check_at_least_one(repeats=repeats, num_latents=num_latents)
     if warmup < 0:
         raise UserError(f"warmup must be at least 0, not {warmup}.")

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..machine import device_name, find_device
 from .cost import check_at_least_one, check_image_size
 from .report import BenchmarkReport
-from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, make_variant
+from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, check_sides, make_variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TIMED_BY_DEFAULT = ("detr-32", "detr-16", "deperceiver-32", "deperceiver-16")
@@ -76,6 +76,7 @@ def compare_times(
     """
     check_models(models)
     check_image_size(height, width)
+    check_sides(models, height, width)
     check_at_least_one(batch_size=batch_size, repeats=repeats, num_latents=num_latents)
     if warmup < 0:
         raise UserError(f"warmup must be at least 0, not {warmup}.")

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are compared, by name: DePerceiver at its documented scales, DePerceiver v2 in its sizes, and DETR.
+"""The models that are compared, by name: DePerceiver at its documented scales, DePerceiver v2 in its sizes, and those
+of transformers that can be trained beside them.
 
-A name is an architecture and a scale or size, such as `deperceiver-16`, `detr-multiscale` or `deperceiver-v2-base`.
-All have random weights and the same classes, and the same backbone unless a size of v2 brings its own; they are for
-counting and timing, not for training.
+A name is an architecture and a scale or size, if it has several, such as `deperceiver-16`, `deperceiver-v2-base` or
+`rt-detr-v2`. All are made by the registry of architectures, with random weights and the same classes, and on the same
+backbone unless a size of v2 brings its own; they are for counting and timing, not for training.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import DetrConfig, DetrForObjectDetection
 
-from ..errors import UserError
-from ..models.configuration_backbone_deperceiver import timm_out_indices
+from ..errors import UserError, refused_fields_as_user_errors
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
-from ..models.modeling_deperceiver import DePerceiverForObjectDetection, DePerceiverModel
-from ..models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
+from ..models.modeling_deperceiver import DePerceiverModel
+from ..training.architectures import ARCHITECTURES
+from ..training.architectures.architecture import Architecture
 
 SCALES = {"32": [32], "16": [16], "8": [8], "4": [4], "multiscale": [8, 16, 32]}
 DEFAULT_BACKBONE = "resnet50"
@@ -27,11 +27,38 @@ DEFAULT_NUM_LATENTS = 1024  # of the original's command line
 PAPER_NUM_LATENTS = 2048
 ORIGINAL_NUM_LABELS = 91  # the original's labels are COCO's category ids, gaps included
 
-VARIANT_NAMES = (
-    *("detr-32", "detr-16", "detr-8", "detr-multiscale"),
-    *(f"deperceiver-{scale}" for scale in SCALES),
-    *(f"deperceiver-v2-{preset}" for preset in PRESETS),
-)
+MULTISCALE_DETR = "detr-multiscale"  # a model for counting only, see `MultiscaleDetr`
+
+
+class Variant(NamedTuple):
+    """An architecture of the registry, and the options that make the variant of it."""
+
+    architecture: str
+    options: dict[str, Any]
+
+    @property
+    def kind(self) -> Architecture:
+        """The architecture itself."""
+        return ARCHITECTURES[self.architecture]
+
+
+def _scale_options(scale: str) -> dict[str, Any]:
+    return {"multiscale": True} if len(SCALES[scale]) > 1 else {"downsample_factor": SCALES[scale][0]}
+
+
+VARIANTS = {
+    **{f"detr-{scale}": Variant("detr", _scale_options(scale)) for scale in ("32", "16", "8")},
+    MULTISCALE_DETR: Variant("detr", {}),
+    **{
+        f"deperceiver-{scale}": Variant("deperceiver", _scale_options(scale) | {"no_aux_loss": True})
+        for scale in SCALES
+    },
+    **{f"deperceiver-v2-{preset}": Variant("deperceiver_v2", {"preset": preset}) for preset in PRESETS},
+    "deformable-detr": Variant("deformable_detr", {}),
+    "rt-detr-v2": Variant("rt_detr_v2", {}),
+    "d-fine": Variant("d_fine", {}),
+}
+VARIANT_NAMES = tuple(VARIANTS)
 
 
 def deperceiver_variant(
@@ -51,10 +78,8 @@ def deperceiver_variant(
     if scale not in SCALES:
         raise UserError(f"there is no scale {scale!r}; choose from {', '.join(SCALES)}.")
     fields = {"feature_strides": SCALES[scale], "num_labels": ORIGINAL_NUM_LABELS}
-    try:
+    with refused_fields_as_user_errors():
         return DePerceiverConfig(backbone=backbone, num_latents=num_latents, **{**fields, **overrides})
-    except StrictDataclassError as error:
-        raise UserError(" ".join(str(error).split())) from error
 
 
 def deperceiver_v2_variant(preset: str, *, backbone: str | None = None, **overrides) -> DePerceiverV2Config:
@@ -69,10 +94,8 @@ def deperceiver_v2_variant(preset: str, *, backbone: str | None = None, **overri
         ValueError: No such preset, or the backbone has no such feature maps.
     """
     fields = {"num_labels": ORIGINAL_NUM_LABELS, **({} if backbone is None else {"backbone": backbone}), **overrides}
-    try:
+    with refused_fields_as_user_errors():
         return DePerceiverV2Config.from_preset(preset, **fields)
-    except StrictDataclassError as error:
-        raise UserError(" ".join(str(error).split())) from error
 
 
 def make_variant(
@@ -95,17 +118,17 @@ def make_variant(
     """
     if name not in VARIANT_NAMES:
         raise UserError(f"there is no model {name!r}; choose from {', '.join(VARIANT_NAMES)}.")
-    architecture, _, size = name.rpartition("-")
-    # As a dictionary it is for the transformer alone; timm's backbones choose for themselves.
-    attention = {"": attn_implementation}
-    if architecture == "deperceiver-v2":
-        config = deperceiver_v2_variant(size, backbone=backbone, attn_implementation=attention)
-        return DePerceiverV2ForObjectDetection(config).eval()
-    backbone = backbone or DEFAULT_BACKBONE
-    if architecture == "deperceiver":
-        config = deperceiver_variant(size, backbone=backbone, num_latents=num_latents, attn_implementation=attention)
-        return DePerceiverForObjectDetection(config).eval()
-    return make_detr(SCALES[size], backbone=backbone, attn_implementation=attn_implementation)
+    if name == MULTISCALE_DETR:
+        strides = SCALES["multiscale"]
+        return make_detr(strides, backbone=backbone or DEFAULT_BACKBONE, attn_implementation=attn_implementation)
+    variant = VARIANTS[name]
+    options = dict(variant.options)
+    if variant.architecture == "deperceiver":
+        options["num_latents"] = num_latents
+    if backbone is not None or variant.architecture != "deperceiver_v2":  # whose sizes bring their own
+        options["backbone"] = backbone or DEFAULT_BACKBONE
+    config = variant.kind.plain_config(ORIGINAL_NUM_LABELS, **options)
+    return variant.kind.random_model(config, attn_implementation)
 
 
 def make_detr(
@@ -129,26 +152,21 @@ def make_detr(
         ValueError: The backbone has no such feature maps.
     """
     strides = list(strides)
-    config = DetrConfig(
-        backbone_config={
-            "model_type": "timm_backbone",
-            "backbone": backbone,
-            "out_indices": timm_out_indices(backbone, strides[:1]),
-        },
-        num_labels=ORIGINAL_NUM_LABELS,
-        d_model=d_model,
-        encoder_ffn_dim=8 * d_model,
-        decoder_ffn_dim=8 * d_model,
-        encoder_attention_heads=num_heads,
-        decoder_attention_heads=num_heads,
-        attn_implementation={"": attn_implementation},
+    detr = ARCHITECTURES["detr"]
+    config = detr.plain_config(
+        ORIGINAL_NUM_LABELS,
+        backbone=backbone,
+        downsample_factor=max(strides[0], 8),
+        hidden_dim=d_model,
+        dim_feedforward=8 * d_model,
+        nheads=num_heads,
     )
     if len(strides) == 1:
-        return DetrForObjectDetection(config).eval()
+        return detr.random_model(config, attn_implementation)
     tokens = deperceiver_variant(
         "multiscale", backbone=backbone, feature_strides=strides, d_model=d_model, d_latents=d_model
     )
-    return MultiscaleDetr(config, tokens).eval()
+    return MultiscaleDetr(detr.random_model(config, attn_implementation), tokens).eval()
 
 
 def with_backbone(model: nn.Module) -> nn.Module:
@@ -163,14 +181,14 @@ class MultiscaleDetr(nn.Module):
     DePerceiver does, instead of in every layer: that changes neither FLOPs nor the size of any array.
 
     Args:
-        config: Of the transformer; its backbone is not used.
+        detector: A DETR, whose backbone is not used.
         token_config: Of backbone and tokens.
     """
 
-    def __init__(self, config: DetrConfig, token_config: DePerceiverConfig):
+    def __init__(self, detector: nn.Module, token_config: DePerceiverConfig):
         super().__init__()
-        self.config = config
-        tokenizer, detector = DePerceiverModel(token_config), DetrForObjectDetection(config)
+        self.config = detector.config
+        tokenizer = DePerceiverModel(token_config)
         self.backbone, self.input_adapter = tokenizer.backbone, tokenizer.input_adapter
         self.query_position_embeddings = detector.model.query_position_embeddings
         self.encoder, self.decoder = detector.model.encoder, detector.model.decoder
@@ -198,3 +216,19 @@ def check_models(models: Sequence[str]) -> None:
         )
     if len(set(models)) < len(models):
         raise UserError(f"a model is named twice in {', '.join(models)}.")
+
+
+def check_sides(models: Sequence[str], height: int, width: int) -> None:
+    """Refuse a size of images that one of the models does not take with a `ValueError`."""
+    for name in models:
+        if not takes_sides(name, height, width):
+            raise UserError(
+                f"{name} takes images whose sides are multiples of {VARIANTS[name].kind.side_multiple} only, not "
+                f"{height} x {width}: give other sides, or leave it out of --models."
+            )
+
+
+def takes_sides(name: str, height: int, width: int) -> bool:
+    """Whether a model takes images of this size."""
+    multiple = VARIANTS[name].kind.side_multiple
+    return height % multiple == 0 and width % multiple == 0

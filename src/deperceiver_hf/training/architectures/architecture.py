@@ -28,8 +28,10 @@ class Architecture:
             a dictionary of scalars for the log.
         image_processor_class: Processor that is saved with a new model; its `post_process_object_detection` reads the
             model's outputs.
+        side_multiple: Height and width of its images must be multiples of it.
     """
 
+    side_multiple: ClassVar[int] = 1
     model_class: ClassVar[type[PreTrainedModel]]
     image_processor_class: ClassVar[type]
 

@@ -84,6 +84,7 @@ class HybridEncoderArchitecture(TransformersArchitecture):
     """RT-DETRv2 or D-FINE, on the maps of strides 8, 16 and 32 of the same backbone."""
 
     image_processor_class = DePerceiverV2ImageProcessor
+    side_multiple = STRIDES[-1]
 
     def make_config(self, options: ModelOptions, label_names: list[str]) -> PreTrainedConfig:
         hidden_dim = options.hidden_dim
