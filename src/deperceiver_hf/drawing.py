@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .data.boxes import xywh_to_xyxy
 from .data.images import decode_rgb
 from .data.records import DetectionData
 from .errors import UserError
@@ -165,12 +166,12 @@ def contact_sheet_rows(
         objects = record["objects"]
         kept = [index for index, crowd in enumerate(objects["iscrowd"]) if not crowd]
         annotated = Boxes(
-            boxes=_corners([objects["bbox"][index] for index in kept]),
+            boxes=xywh_to_xyxy([objects["bbox"][index] for index in kept]),
             labels=[objects["category"][index] for index in kept],
         )
         shown = [p for p in predictions if p["image_id"] == record["image_id"] and p["score"] >= threshold]
         detected = Boxes(
-            boxes=_corners([p["bbox"] for p in shown]),
+            boxes=xywh_to_xyxy([p["bbox"] for p in shown]),
             labels=[labels[p["category_id"]] for p in shown],
             scores=[p["score"] for p in shown],
         )
@@ -216,9 +217,3 @@ def _fitting(text: str, font, width: int) -> str:
     while font.getlength(text) > width and len(text) > 4:
         text = text[:-4] + "..."
     return text
-
-
-def _corners(boxes: list) -> np.ndarray:
-    """(x, y, width, height) to corners, (n, 4)."""
-    sides = np.asarray(boxes, dtype=float).reshape(-1, 4)
-    return np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], axis=1)

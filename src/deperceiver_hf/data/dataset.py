@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import UserError
+from .boxes import xywh_to_xyxy, xyxy_to_xywh
 from .images import decode_rgb
 from .records import DetectionData
 
@@ -79,8 +80,7 @@ class DetectionDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, image = self._load(int(index))
         objects = row["objects"]
-        boxes = torch.tensor(objects["bbox"], dtype=torch.float64).reshape(-1, 4)
-        boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)  # xywh -> xyxy
+        boxes = torch.from_numpy(xywh_to_xyxy(objects["bbox"]))  # added up in float64, rounded once
         sample = {
             "image": image,
             "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=tuple(image.shape[-2:])),
@@ -116,8 +116,8 @@ class DetectionDataset(Dataset):
 
 
 def _to_coco(sample: dict[str, Any], image_id: int) -> dict[str, Any]:
-    x0, y0, x1, y1 = sample["boxes"].as_subclass(torch.Tensor).unbind(1)
-    columns = (torch.stack([x0, y0, x1 - x0, y1 - y0], dim=1), sample["labels"], sample["area"], sample["iscrowd"])
+    boxes = xyxy_to_xywh(sample["boxes"].numpy(), dtype=np.float32)
+    columns = (boxes, sample["labels"], sample["area"], sample["iscrowd"])
     annotations = [
         {"bbox": box, "category_id": label, "area": area, "iscrowd": int(crowd)}
         for box, label, area, crowd in zip(*(column.tolist() for column in columns), strict=True)

@@ -18,6 +18,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.boxes import xyxy_to_xywh
 from ..errors import UserError
 
 COCO_MAX_DETECTIONS = (1, 10, 100)
@@ -149,12 +150,6 @@ class CocoDetectionMetric(evaluate.Metric):
         return scores
 
 
-def xyxy_to_xywh(boxes: np.ndarray) -> np.ndarray:
-    """Corners (n, 4) to COCO's (x, y, width, height), in float64: what is scored is what a result file holds."""
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-
-
 def check_max_detections(max_detections: Sequence[int]) -> tuple[int, ...]:
     """`max_detections` as a tuple, or a `ValueError` if the numbers are not positive and ascending."""
     numbers = tuple(int(number) for number in max_detections)
@@ -255,7 +250,7 @@ def _reference_annotations(record: dict) -> list[dict]:
 
 
 def _prediction_annotations(record: dict) -> list[dict]:
-    boxes = xyxy_to_xywh(record["boxes"]).tolist()
+    boxes = xyxy_to_xywh(record["boxes"]).tolist()  # in float64, as in a result file
     return [
         {"image_id": record["image_id"], "category_id": label, "bbox": box, "area": box[2] * box[3], "score": score}
         for label, box, score in zip(record["labels"], boxes, record["scores"], strict=True)

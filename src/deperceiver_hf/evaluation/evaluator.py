@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data import DetectionData, DetectionDataset, same_size_batches
+from ..data.boxes import xyxy_to_xywh
 from ..data.records import is_main_process
 from ..errors import UserError
 from ..machine import choose_precision, make_accelerator
@@ -34,7 +35,6 @@ from .coco_metric import (
     CocoDetectionMetric,
     check_area_boundaries,
     check_max_detections,
-    xyxy_to_xywh,
 )
 
 logger = logging.get_logger(__name__)
