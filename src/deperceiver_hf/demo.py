@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from .data import DetectionData, load_detection_data
+from .data.detections import Detections
 from .data.images import decode_rgb
 from .drawing import contact_sheet_rows, draw_contact_sheet, require_supervision
 from .evaluation.evaluator import evaluate_detector
@@ -136,18 +137,10 @@ def demo_options(output_dir: Path, max_steps: int | None = None) -> TrainingOpti
 def detect(model_dir: str | Path, data: DetectionData) -> list[dict]:
     """Detections of a saved model in COCO's result format, by way of `pipeline("object-detection")`."""
     detector = transformers.pipeline("object-detection", model=str(model_dir))
-    labels = {name: category for name, category in zip(data.label_names, data.category_ids, strict=True)}
+    label2id = {name: label for label, name in enumerate(data.label_names)}
     results = []
     for record in data.dataset:
         image = decode_rgb(record["image"], record["image_id"])
-        for found in detector(image, threshold=THRESHOLD):
-            left, top, right, bottom = (found["box"][side] for side in ("xmin", "ymin", "xmax", "ymax"))
-            results.append(
-                {
-                    "image_id": record["image_id"],
-                    "category_id": labels[found["label"]],
-                    "bbox": [left, top, right - left, bottom - top],
-                    "score": found["score"],
-                }
-            )
+        found = Detections.from_pipeline(record["image_id"], detector(image, threshold=THRESHOLD), label2id)
+        results += found.to_coco(data.category_ids)
     return results

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Pipeline, pipeline
 
+from .data.detections import Detections
 from .data.images import decode_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
 from .errors import FAILURE_CODE, INTERRUPTED_CODE, UserError
@@ -157,12 +157,8 @@ class PredictionJob:
 
     def _draw(self, name: str, image: Image.Image, detections: list[dict]) -> str:
         config = self.detector.model.config
-        objects = Boxes(
-            boxes=np.array([[d["box"][key] for key in ("xmin", "ymin", "xmax", "ymax")] for d in detections]),
-            labels=[config.label2id[d["label"]] for d in detections],
-            scores=[d["score"] for d in detections],
-        )
-        picture = draw_boxes(image, objects, config.id2label)
+        found = Detections.from_pipeline(name, detections, config.label2id)
+        picture = draw_boxes(image, Boxes(found.boxes, found.labels, found.scores), config.id2label)
         target = self.output_dir / PICTURE_DIRECTORY / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(target) as temporary:

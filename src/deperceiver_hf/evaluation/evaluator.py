@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data import DetectionData, DetectionDataset, same_size_batches
-from ..data.boxes import xyxy_to_xywh
+from ..data.detections import Detections
 from ..data.records import is_main_process
 from ..errors import UserError
 from ..machine import choose_precision, make_accelerator
@@ -130,18 +130,18 @@ def evaluate_detector(
         num_workers=num_workers,
         generator=torch.Generator(),  # the global random state belongs to training
     )
-    found: list[tuple] = []  # (image_id, scores (q,), labels (q,), boxes (q, 4))
+    found: list[Detections] = []
     with _prediction_mode(model, single_thread=not batched_forward) as executor:
         for batch in tqdm(loader, desc="Evaluating", disable=not (progress and accelerator.is_main_process)):
             groups = _group_by_shape(batch) if batched_forward else [[image] for image in batch]
 
-            def detect_group(group: list[_Image]) -> list[tuple]:
+            def detect_group(group: list[_Image]) -> list[Detections]:
                 return _detect(model, image_processor, group, accelerator.device, autocast)
 
-            for detections in executor.map(detect_group, groups):
-                found += [_with_data_labels(detection, labels) for detection in detections]
+            for group in executor.map(detect_group, groups):
+                found += [_with_data_labels(detections, labels) for detections in group]
 
-    found = sorted(gather_object(found), key=lambda detection: detection[0])
+    found = sorted(gather_object(found), key=lambda detections: detections.image_id)
     scores: list = [None]
     if accelerator.is_main_process:
         scores = [_score(found, data, max_detections, area_boundaries)]
@@ -150,7 +150,7 @@ def evaluate_detector(
     return EvaluationResult(
         metrics=metrics,
         per_class=per_class,
-        predictions=_coco_results(found, data.category_ids),
+        predictions=[result for detections in found for result in detections.to_coco(data.category_ids)],
         num_images=len(data.dataset),
         seconds=time.perf_counter() - start,
     )
@@ -264,8 +264,8 @@ def _prediction_mode(model: nn.Module, single_thread: bool) -> Iterator[Executor
 @torch.no_grad()
 def _detect(
     model: nn.Module, image_processor: Any, images: list[_Image], device: torch.device, autocast: Callable
-) -> list[tuple]:
-    """Detections of images of one size: (image_id, scores (q,), labels (q,), boxes (q, 4) xyxy in pixels)."""
+) -> list[Detections]:
+    """Every query's detection on images of one size, with the model's labels."""
     inputs = {"pixel_values": torch.cat([image.pixel_values for image in images]).to(device, model.dtype)}
     if images[0].pixel_mask is not None:
         inputs["pixel_mask"] = torch.cat([image.pixel_mask for image in images]).to(device)
@@ -276,12 +276,12 @@ def _detect(
         raise FloatingPointError(
             f"The model predicts numbers that are not finite, for image_id {_listing(i.image_id for i in images)}."
         )
-    detections = image_processor.post_process_object_detection(
+    found = image_processor.post_process_object_detection(
         outputs, threshold=0.0, target_sizes=[image.size for image in images]
     )
     return [
-        (image.image_id, *(detection[key].cpu().numpy() for key in ("scores", "labels", "boxes")))
-        for image, detection in zip(images, detections, strict=True)
+        Detections(image.image_id, **{key: columns[key].cpu().numpy() for key in ("scores", "labels", "boxes")})
+        for image, columns in zip(images, found, strict=True)
     ]
 
 
@@ -292,19 +292,18 @@ def _group_by_shape(batch: list[_Image]) -> list[list[_Image]]:
     return list(groups.values())
 
 
-def _with_data_labels(detection: tuple, table: np.ndarray) -> tuple:
-    """The detection with labels of the data set; without detections of classes that it does not know."""
-    image_id, scores, labels, boxes = detection
+def _with_data_labels(detections: Detections, table: np.ndarray) -> Detections:
+    """The detections with labels of the data set; without those of classes that it does not know."""
+    labels = detections.labels
     labels = np.where(labels < len(table), table[np.minimum(labels, len(table) - 1)], -1)
     known = labels >= 0
-    return image_id, scores[known], labels[known], boxes[known]
+    return replace(detections, scores=detections.scores[known], labels=labels[known], boxes=detections.boxes[known])
 
 
 def _score(
-    found: list[tuple], data: DetectionData, max_detections: tuple[int, ...], area_boundaries: tuple[float, float]
+    found: list[Detections], data: DetectionData, max_detections: tuple[int, ...], area_boundaries: tuple[float, float]
 ) -> dict:
     metric = CocoDetectionMetric(data.label_names, max_detections=max_detections, area_boundaries=area_boundaries)
-    keys = ("image_id", "scores", "labels", "boxes")
     truth = data.dataset.with_format(None).select_columns(["image_id", "objects"])  # without decoding images
     references = [
         {
@@ -315,18 +314,10 @@ def _score(
         for row in truth
     ]
     metric.add_batch(
-        predictions=[dict(zip(keys, detection, strict=True)) for detection in found],
+        predictions=[vars(detections) for detections in found],
         references=sorted(references, key=lambda reference: reference["image_id"]),
     )
     return metric.compute()
-
-
-def _coco_results(found: list[tuple], category_ids: Sequence[int]) -> list[dict]:
-    return [
-        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
-        for image_id, scores, labels, boxes in found
-        for score, label, box in zip(scores.tolist(), labels.tolist(), xyxy_to_xywh(boxes).tolist(), strict=True)
-    ]
 
 
 def _warn_once(message: str) -> None:
