@@ -19,23 +19,24 @@ from ..output_files import require_writable_file, write_json
 from ..saved_models import load_detector, require_model_source
 from .coco_metric import COCO_MAX_DETECTIONS, COCO_SIZE_BOUNDARIES, areas_of_sizes, check_max_detections
 from .evaluator import EvaluationResult, align_labels, evaluate_detector
+from .report import EvaluationReport
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class EvaluationReport(EvaluationResult):
-    """What an evaluation found, with its settings and the files that it is in.
+class WrittenEvaluation(EvaluationResult):
+    """What an evaluation found, and the files that it is in.
 
     Attributes:
+        report: The numbers with settings and versions.
         output: JSON file of the report.
         predictions_file: JSON file of the detections.
-        report: The content of the first: metrics, classes, settings and versions.
     """
 
+    report: EvaluationReport
     output: Path
     predictions_file: Path
-    report: dict[str, Any]
 
     def summary(self) -> str:
         """The tables, and where the files are."""
@@ -43,7 +44,7 @@ class EvaluationReport(EvaluationResult):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the report's file."""
-        return self.report
+        return self.report.to_dict()
 
 
 @dataclass(frozen=True)
@@ -56,34 +57,41 @@ class EvaluationJob:
     accelerator: Accelerator
     output: Path
     predictions: Path
-    description: dict[str, Any]
+    model_name: str
+    dataset: str
+    split: str
     options: dict[str, Any]
 
-    def run(self) -> EvaluationReport:
+    def run(self) -> WrittenEvaluation:
         """Evaluate, and write the results on the main process."""
         result = evaluate_detector(
             self.model, self.image_processor, self.data, accelerator=self.accelerator, **self.options
         )
-        report = {
-            "metrics": result.metrics,
-            "per_class": result.per_class,
-            **self.description,
-            "num_images": result.num_images,
-            "predictions": str(self.predictions),
-            "settings": {
+        report = self._report(result)
+        if self.accelerator.is_main_process:
+            write_json(self.predictions, result.predictions)
+            report.write(self.output)
+        return WrittenEvaluation(**vars(result), report=report, output=self.output, predictions_file=self.predictions)
+
+    def _report(self, result: EvaluationResult) -> EvaluationReport:
+        return EvaluationReport(
+            metrics=result.metrics,
+            per_class=result.per_class,
+            model=self.model_name,
+            dataset=self.dataset,
+            split=self.split,
+            num_images=result.num_images,
+            predictions=str(self.predictions),
+            settings={
                 **self.options,
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
                 "image_size": dict(getattr(self.image_processor, "size", None) or {}),
             },
-            "versions": versions(),
-            "seconds": round(result.seconds, 2),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        if self.accelerator.is_main_process:
-            write_json(self.predictions, result.predictions)
-            write_json(self.output, report)
-        return EvaluationReport(**vars(result), output=self.output, predictions_file=self.predictions, report=report)
+            versions=versions(),
+            seconds=round(result.seconds, 2),
+            date=time.strftime("%Y-%m-%d"),
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +209,8 @@ def prepare_evaluation(
         accelerator=accelerator,
         output=output_file,
         predictions=predictions_file,
-        description={"model": str(model), "dataset": dataset, "split": split},
+        model_name=str(model),
+        dataset=str(dataset),
+        split=split,
         options={"mixed_precision": precision.name, "area_boundaries": area_boundaries, **options},
     )

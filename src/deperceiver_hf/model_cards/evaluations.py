@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model card shows of an evaluation, in its text and in its metadata."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..benchmarks.report import markdown_table
 from ..errors import UserError
+from ..evaluation.report import EvaluationReport
 from .tables import plural
 
 # Key in an evaluation, name in a card.
@@ -60,26 +60,11 @@ def read_evaluation(path: str | os.PathLike) -> Evaluation:
         FileNotFoundError: There is no such file.
         ValueError: It is not such a file, or nothing was measured.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no evaluation {path}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        dataset, split, num_images = content["dataset"], content["split"], content["num_images"]
-        found = {key: content["metrics"][key] for key in METRIC_NAMES if key in content["metrics"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a report of `deperceiver evaluate` ({type(error).__name__}: {error})."
-        ) from error
-    metrics = {}
-    for key, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (value == -1 or 0 <= value <= 1):
-            raise UserError(f"{path} has {key} = {value!r}; a fraction of 1 is expected, or -1 for nothing to find.")
-        if value != -1:
-            metrics[key] = float(value)
+    report = EvaluationReport.read(path)
+    metrics = {key: float(report.metrics[key]) for key in METRIC_NAMES if report.metrics.get(key, -1) != -1}
     if not metrics:
         raise UserError(f"{path} has none of {', '.join(METRIC_NAMES)}: nothing was measured.")
-    return Evaluation(metrics, _dataset_name(dataset), str(split), int(num_images), content.get("date"))
+    return Evaluation(metrics, _dataset_name(report.dataset), report.split, report.num_images, report.date)
 
 
 def card_metadata(name: str, tags: Sequence[str], evaluations: Sequence[Evaluation], on_coco: bool) -> ModelCardData:
