@@ -26,6 +26,7 @@ from deperceiver_hf.data import DetectionDataset, load_detection_data
 from deperceiver_hf.evaluation.coco_metric import CocoDetectionMetric
 from deperceiver_hf.evaluation.evaluator import align_labels, evaluate_detector
 from deperceiver_hf.evaluation.job import prepare_evaluation
+from deperceiver_hf.evaluation.report import EvaluationReport
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 NAMES = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"]
@@ -474,6 +475,21 @@ def test_boundaries_of_size_are_in_the_settings(model_directory, coco_directory,
         result = prepare_evaluation(str(model_directory), str(coco_directory), **arguments).run()
         assert json.loads((tmp_path / "x.json").read_text())["settings"]["area_boundaries"] == areas
         assert (result.metrics["ap_large"] >= 0) == bool(sizes)
+
+
+def test_settings_are_all_that_the_numbers_may_depend_on(model_directory, coco_directory, tmp_path):
+    arguments = {"output": str(tmp_path / "x.json"), "device": "cpu", "progress": False, "batch_size": 3}
+    report = prepare_evaluation(str(model_directory), str(coco_directory), **arguments).run().report
+    assert EvaluationReport.read(tmp_path / "x.json").metrics == report.metrics
+    settings = json.loads((tmp_path / "x.json").read_text())["settings"]
+    options = {"mixed_precision", "area_boundaries", "batch_size", "num_workers", "max_detections", "batched_forward"}
+    assert settings.keys() == options | {"num_processes", "device", "image_size"}
+    assert (settings["batch_size"], settings["num_workers"], settings["max_detections"]) == (3, 0, [1, 10, 100])
+
+
+def test_unknown_option_is_refused(data):
+    with pytest.raises(TypeError, match="batch_sise"):
+        evaluate_detector(Oracle(data, processor()), processor(), data, batch_sise=4)
 
 
 def test_command_ends_with_one_line_for_a_mistake(coco_directory, tmp_path):

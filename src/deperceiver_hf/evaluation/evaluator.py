@@ -29,13 +29,8 @@ from ..data.detections import Detections
 from ..data.records import is_main_process
 from ..errors import UserError
 from ..machine import choose_precision, make_accelerator
-from .coco_metric import (
-    COCO_AREA_BOUNDARIES,
-    COCO_MAX_DETECTIONS,
-    CocoDetectionMetric,
-    check_area_boundaries,
-    check_max_detections,
-)
+from .coco_metric import CocoDetectionMetric
+from .options import EvaluationOptions
 
 logger = logging.get_logger(__name__)
 
@@ -73,13 +68,7 @@ def evaluate_detector(
     data: DetectionData,
     *,
     accelerator: Accelerator | None = None,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    mixed_precision: str | None = None,
-    max_detections: Sequence[int] = COCO_MAX_DETECTIONS,
-    area_boundaries: tuple[float, float] = COCO_AREA_BOUNDARIES,
-    batched_forward: bool = False,
-    progress: bool = True,
+    **options: Any,
 ) -> EvaluationResult:
     """Run a detector over a data set and score it as COCO does.
 
@@ -90,61 +79,25 @@ def evaluate_detector(
         image_processor: its processor. Each image is processed alone, so nothing is padded.
         data: the images with their objects. The classes of model and data are matched by name (`align_labels`).
         accelerator: by default that of `make_accelerator`.
-        batch_size: images of one process that are in memory at a time; on a CPU, also computed at a time.
-        num_workers: processes that load and resize images, for each process.
-        mixed_precision: `"auto"`, `"no"`, `"fp16"` or `"bf16"`, see `choose_precision`; by default what the
-            accelerator is set to.
-        max_detections, area_boundaries: see `CocoDetectionMetric`. Areas are those of the data, not of the images that
-            the image processor makes of them.
-        batched_forward: send all images of a batch that have the same size through the model together. Faster with a
-            small model on a GPU; but then the last digits of the metrics can depend on batch size and hardware.
-        progress: show a progress bar on the main process.
+        options: `batch_size`, `num_workers`, `mixed_precision`, `max_detections`, `area_boundaries`, `batched_forward`
+            and `progress`, see `EvaluationOptions`.
 
     Raises:
         ValueError: empty data, labels that do not fit or options out of range.
         FloatingPointError: the model predicts numbers that are not finite.
     """
     start = time.perf_counter()
+    how = EvaluationOptions(**options)
     if len(data.dataset) == 0:
         raise UserError(f"{data.name} holds no images to evaluate.")
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}.")
-    max_detections = check_max_detections(max_detections)
-    area_boundaries = check_area_boundaries(area_boundaries)
     accelerator = accelerator or make_accelerator()
-    autocast = autocast_context(accelerator, mixed_precision)
-    model = accelerator.unwrap_model(model)
-    model = getattr(model, "_orig_mod", model).to(accelerator.device)  # uncompiled: every image size would compile
-    labels = align_labels(model.config.id2label, data.label_names)
+    autocast = autocast_context(accelerator, how.mixed_precision)
+    detector = _Detector(_on_device(model, accelerator), image_processor, accelerator.device, autocast)
+    labels = align_labels(detector.model.config.id2label, data.label_names)
 
-    images = _ProcessedImages(data, image_processor)
-    if batched_forward:
-        batches = same_size_batches(images.dataset.image_sizes, batch_size, dict(image_processor.size))
-    else:
-        order = list(range(len(images)))
-        batches = [order[start : start + batch_size] for start in order[::batch_size]]
-    loader = DataLoader(
-        images,
-        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
-        collate_fn=list,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # the global random state belongs to training
-    )
-    found: list[Detections] = []
-    with _prediction_mode(model, single_thread=not batched_forward) as executor:
-        for batch in tqdm(loader, desc="Evaluating", disable=not (progress and accelerator.is_main_process)):
-            groups = _group_by_shape(batch) if batched_forward else [[image] for image in batch]
-
-            def detect_group(group: list[_Image]) -> list[Detections]:
-                return _detect(model, image_processor, group, accelerator.device, autocast)
-
-            for group in executor.map(detect_group, groups):
-                found += [_with_data_labels(detections, labels) for detections in group]
-
+    found = [_with_data_labels(detections, labels) for detections in _detect_all(detector, data, accelerator, how)]
     found = sorted(gather_object(found), key=lambda detections: detections.image_id)
-    scores: list = [None]
-    if accelerator.is_main_process:
-        scores = [_score(found, data, max_detections, area_boundaries)]
+    scores = [_score(found, data, how) if accelerator.is_main_process else None]
     metrics = broadcast_object_list(scores)[0]
     per_class = metrics.pop("per_class")
     return EvaluationResult(
@@ -261,28 +214,76 @@ def _prediction_mode(model: nn.Module, single_thread: bool) -> Iterator[Executor
         model.train(training)
 
 
-@torch.no_grad()
-def _detect(
-    model: nn.Module, image_processor: Any, images: list[_Image], device: torch.device, autocast: Callable
-) -> list[Detections]:
-    """Every query's detection on images of one size, with the model's labels."""
-    inputs = {"pixel_values": torch.cat([image.pixel_values for image in images]).to(device, model.dtype)}
-    if images[0].pixel_mask is not None:
-        inputs["pixel_mask"] = torch.cat([image.pixel_mask for image in images]).to(device)
-    with autocast():
-        outputs = model(**inputs)
-    outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-    if not (outputs.logits.isfinite().all() and outputs.pred_boxes.isfinite().all()):
-        raise FloatingPointError(
-            f"The model predicts numbers that are not finite, for image_id {_listing(i.image_id for i in images)}."
+@dataclass(frozen=True)
+class _Detector:
+    """A model as it is evaluated."""
+
+    model: nn.Module
+    image_processor: Any
+    device: torch.device
+    autocast: Callable
+
+    @torch.no_grad()
+    def detect(self, images: list[_Image]) -> list[Detections]:
+        """Every query's detection on images of one size, with the model's labels."""
+        pixel_values = torch.cat([image.pixel_values for image in images])
+        inputs = {"pixel_values": pixel_values.to(self.device, self.model.dtype)}
+        if images[0].pixel_mask is not None:
+            inputs["pixel_mask"] = torch.cat([image.pixel_mask for image in images]).to(self.device)
+        with self.autocast():
+            outputs = self.model(**inputs)
+        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+        if not (outputs.logits.isfinite().all() and outputs.pred_boxes.isfinite().all()):
+            raise FloatingPointError(
+                f"The model predicts numbers that are not finite, for image_id {_listing(i.image_id for i in images)}."
+            )
+        found = self.image_processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=[image.size for image in images]
         )
-    found = image_processor.post_process_object_detection(
-        outputs, threshold=0.0, target_sizes=[image.size for image in images]
+        return [
+            Detections(image.image_id, **{key: columns[key].cpu().numpy() for key in ("scores", "labels", "boxes")})
+            for image, columns in zip(images, found, strict=True)
+        ]
+
+
+def _on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The model itself: neither distributed nor compiled, which would happen anew for every size of image."""
+    model = accelerator.unwrap_model(model)
+    return getattr(model, "_orig_mod", model).to(accelerator.device)
+
+
+def _detect_all(
+    detector: _Detector, data: DetectionData, accelerator: Accelerator, how: EvaluationOptions
+) -> list[Detections]:
+    """The detections on this process's share of the images, with the model's labels."""
+    loader = _make_loader(data, detector.image_processor, accelerator, how)
+    bar = tqdm(loader, desc="Evaluating", disable=not (how.progress and accelerator.is_main_process))
+    found: list[Detections] = []
+    with _prediction_mode(detector.model, single_thread=not how.batched_forward) as executor:
+        for batch in bar:
+            groups = _group_by_shape(batch) if how.batched_forward else [[image] for image in batch]
+            for detections in executor.map(detector.detect, groups):
+                found += detections
+    return found
+
+
+def _make_loader(
+    data: DetectionData, image_processor: Any, accelerator: Accelerator, how: EvaluationOptions
+) -> DataLoader:
+    """Lists of processed images, this process's share of them."""
+    images = _ProcessedImages(data, image_processor)
+    if how.batched_forward:
+        batches = same_size_batches(images.dataset.image_sizes, how.batch_size, dict(image_processor.size))
+    else:
+        order = list(range(len(images)))
+        batches = [order[start : start + how.batch_size] for start in order[:: how.batch_size]]
+    return DataLoader(
+        images,
+        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
+        collate_fn=list,
+        num_workers=how.num_workers,
+        generator=torch.Generator(),  # the global random state belongs to training
     )
-    return [
-        Detections(image.image_id, **{key: columns[key].cpu().numpy() for key in ("scores", "labels", "boxes")})
-        for image, columns in zip(images, found, strict=True)
-    ]
 
 
 def _group_by_shape(batch: list[_Image]) -> list[list[_Image]]:
@@ -300,10 +301,10 @@ def _with_data_labels(detections: Detections, table: np.ndarray) -> Detections:
     return replace(detections, scores=detections.scores[known], labels=labels[known], boxes=detections.boxes[known])
 
 
-def _score(
-    found: list[Detections], data: DetectionData, max_detections: tuple[int, ...], area_boundaries: tuple[float, float]
-) -> dict:
-    metric = CocoDetectionMetric(data.label_names, max_detections=max_detections, area_boundaries=area_boundaries)
+def _score(found: list[Detections], data: DetectionData, how: EvaluationOptions) -> dict:
+    metric = CocoDetectionMetric(
+        data.label_names, max_detections=how.max_detections, area_boundaries=how.area_boundaries
+    )
     truth = data.dataset.with_format(None).select_columns(["image_id", "objects"])  # without decoding images
     references = [
         {

@@ -4,7 +4,7 @@
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from ..errors import UserError
 from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
 from ..saved_models import load_detector, require_model_source
-from .coco_metric import COCO_MAX_DETECTIONS, COCO_SIZE_BOUNDARIES, areas_of_sizes, check_max_detections
+from .coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
 from .evaluator import EvaluationResult, align_labels, evaluate_detector
+from .options import EvaluationOptions
 from .report import EvaluationReport
 
 logger = logging.get_logger(__name__)
@@ -60,12 +61,12 @@ class EvaluationJob:
     model_name: str
     dataset: str
     split: str
-    options: dict[str, Any]
+    options: EvaluationOptions
 
     def run(self) -> WrittenEvaluation:
         """Evaluate, and write the results on the main process."""
         result = evaluate_detector(
-            self.model, self.image_processor, self.data, accelerator=self.accelerator, **self.options
+            self.model, self.image_processor, self.data, accelerator=self.accelerator, **vars(self.options)
         )
         report = self._report(result)
         if self.accelerator.is_main_process:
@@ -83,7 +84,7 @@ class EvaluationJob:
             num_images=result.num_images,
             predictions=str(self.predictions),
             settings={
-                **self.options,
+                **self.options.settings(),
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
                 "image_size": dict(getattr(self.image_processor, "size", None) or {}),
@@ -176,8 +177,9 @@ def prepare_evaluation(
         predictions: JSON file for the detections in COCO's result format; by default `<output>_predictions.json`.
         max_samples: evaluate the first images only.
         device: see `find_device`.
-        mixed_precision: see `choose_precision`; the options are those of `evaluate_detector`.
+        mixed_precision: see `choose_precision`.
         size_boundaries: sides of squares, in pixels of the data, whose areas part small, medium and large objects.
+        options: the others of `EvaluationOptions`.
 
     Raises:
         OSError: something is not there or cannot be written.
@@ -190,11 +192,7 @@ def prepare_evaluation(
     )
     if output_file.resolve() == predictions_file.resolve():
         raise UserError(f"{output} cannot hold both the metrics and the predictions; give two names.")
-    for name, least in (("batch_size", 1), ("num_workers", 0)):
-        if options.get(name, least) < least:
-            raise UserError(f"{name} must be at least {least}, got {options[name]}.")
-    check_max_detections(options.get("max_detections", COCO_MAX_DETECTIONS))
-    area_boundaries = areas_of_sizes(size_boundaries)
+    how = EvaluationOptions(**{"area_boundaries": areas_of_sizes(size_boundaries), **options})
     accelerator = make_accelerator(device)
     precision = choose_precision(mixed_precision, accelerator.device)
     if accelerator.is_main_process:
@@ -212,5 +210,5 @@ def prepare_evaluation(
         model_name=str(model),
         dataset=str(dataset),
         split=split,
-        options={"mixed_precision": precision.name, "area_boundaries": area_boundaries, **options},
+        options=replace(how, mixed_precision=precision.name),
     )
