@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from deperceiver_hf.machine import AttentionShape
 from deperceiver_hf.training import DetectionTrainer, computation
-from deperceiver_hf.training.computation import attention_shape
+from deperceiver_hf.training.computation import ThreadWatch, attention_shape
 from training_runs import TINY_ARCHITECTURES, TINY_DETR, tiny_options
 
 
@@ -59,3 +60,45 @@ def test_every_architecture_has_an_attention_to_measure(tmp_path, found, model):
     assert isinstance(shape, AttentionShape)
     assert shape.batch == 3
     assert min(shape) >= 1
+
+
+@pytest.fixture
+def threads():
+    """Room for four threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    PartialState()  # the log asks which process this is
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_follow_what_else_runs_on_the_cores(monkeypatch, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    best = [1]
+    monkeypatch.setattr(computation, "choose_threads", lambda device: best[0])
+    watch = ThreadWatch(torch.device("cpu"), threads=4, most=4)
+    for _ in range(computation.STEPS_TO_COMPARE + 200):
+        watch.after_step(0.1)
+    for seconds in (1.0, 1.0, 0.1, 1.0, 1.0):  # a state saved, a page swapped
+        watch.after_step(seconds)
+    assert (watch.threads, torch.get_num_threads()) == (4, 4)
+    watch.after_step(1.0)
+    assert (watch.threads, torch.get_num_threads()) == (1, 1)
+    best[0] = 4
+    for _ in range(computation.STEPS_UNTIL_ANOTHER_TRY - 1):
+        watch.after_step(0.2)
+    assert watch.threads == 1
+    watch.after_step(0.2)
+    assert (watch.threads, torch.get_num_threads()) == (4, 4)
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cuda", None), ("cpu", "4")])
+def test_threads_stay_where_they_are_said_or_do_not_matter(monkeypatch, threads, device, variable):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(computation, "choose_threads", lambda device: 1)
+    watch = ThreadWatch(torch.device(device), threads=4, most=4)
+    for seconds in [0.1] * 50 + [1.0] * 50:
+        watch.after_step(seconds)
+    assert (watch.threads, torch.get_num_threads()) == (4, 4)

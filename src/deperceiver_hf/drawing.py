@@ -34,8 +34,8 @@ class Boxes:
     """
 
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
-    labels: Sequence[int] = ()
-    scores: Sequence[float] | None = None
+    labels: Sequence[int] | np.ndarray = ()
+    scores: Sequence[float] | np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

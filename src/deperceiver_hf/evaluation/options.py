@@ -30,7 +30,7 @@ class EvaluationOptions:
     """
 
     mixed_precision: str | None = None
-    area_boundaries: Sequence[float] = COCO_AREA_BOUNDARIES
+    area_boundaries: tuple[float, float] = COCO_AREA_BOUNDARIES
     batch_size: int = 8
     num_workers: int = 0
     max_detections: Sequence[int] = COCO_MAX_DETECTIONS

@@ -63,7 +63,7 @@ class EvaluationReport:
         """
         if not isinstance(content, Mapping):
             raise _not_a_report(source, f"it holds a {type(content).__name__} where an object is expected")
-        known = {}
+        known: dict[str, Any] = {}
         for entry in fields(cls):
             value = content.get(entry.name)
             if value is None:

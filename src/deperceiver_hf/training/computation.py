@@ -2,6 +2,8 @@
 """How a run computes where its options leave it to the machine: chosen at its start, and kept when it is resumed."""
 
 import json
+import os
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ logger = get_logger(__name__)
 
 STRIDES = (8, 16, 32)  # of the tokens of models whose configuration does not say
 POSITION_CHANNELS = 24  # that DePerceiver v2 appends to its keys, about
+STEPS_TO_COMPARE = 20  # whose median later steps are compared with
+MUCH_SLOWER = 3.0  # times that median
+SLOW_STEPS = 3  # in a row, before another number of threads is tried
+STEPS_UNTIL_ANOTHER_TRY = 500  # of more threads, after fewer have been taken
 MOST_KEYS = 4096  # of an attention that is measured; more of them change nothing in what is faster
 
 
@@ -63,6 +69,49 @@ def choose_computation(
     (chosen,) = broadcast_object_list([chosen])
     logger.info(f"Attention {chosen.attention or 'as transformers chooses'}, {chosen.threads} threads.")
     return chosen
+
+
+class ThreadWatch:
+    """Keeps a run from waiting for other programs that have come to share its cores.
+
+    The threads of an operation wait for the last of them, which has to wait for its turn on a busy core: steps then
+    take many times as long, while fewer threads would be nearly as fast as before. Where `OMP_NUM_THREADS` says how
+    many there are, or an accelerator computes, nothing is changed.
+
+    Args:
+        device: Where the model is.
+        threads: That the run has at its start.
+        most: That it may have.
+    """
+
+    def __init__(self, device: torch.device, threads: int, most: int):
+        self.device, self.threads, self.most = device, threads, most
+        self.active = device.type == "cpu" and most > 1 and "OMP_NUM_THREADS" not in os.environ
+        self._seconds: list[float] = []  # of the first steps with this number of threads
+        self._slow = self._since = 0
+
+    def after_step(self, seconds: float) -> None:
+        """Take note of how long a step took; change the number of threads if that helps."""
+        if not self.active:
+            return
+        self._since += 1
+        if len(self._seconds) < STEPS_TO_COMPARE:
+            self._seconds.append(seconds)
+            return
+        self._slow = self._slow + 1 if seconds > MUCH_SLOWER * statistics.median(self._seconds) else 0
+        if self._slow == SLOW_STEPS or (self.threads < self.most and self._since == STEPS_UNTIL_ANOTHER_TRY):
+            self._choose()
+
+    def _choose(self) -> None:
+        torch.set_num_threads(self.most)
+        chosen = choose_threads(self.device)
+        torch.set_num_threads(chosen)
+        if chosen != self.threads:
+            why = "other programs take the cores" if chosen < self.threads else "the cores are free again"
+            logger.info(f"{chosen} threads instead of {self.threads} from here: {why}.")
+            self.threads = chosen
+            self._seconds = []
+        self._slow = self._since = 0
 
 
 def attention_shape(options: TrainingOptions, config: PreTrainedConfig) -> AttentionShape:

@@ -20,7 +20,7 @@ from ..output_files import write_json
 from .arguments import TrainingOptions
 from .building import build_model
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
-from .computation import choose_computation
+from .computation import ThreadWatch, choose_computation
 from .interruption import StopRequest
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .recipes import write_options
@@ -78,9 +78,11 @@ class DetectionTrainer:
             self.accelerator,
             lambda: build_model(options, self.data.train.label_names, load_pretrained_backbone=self.state is None),
         )
+        most_threads = torch.get_num_threads()
         self.computation = choose_computation(options, self.accelerator, model.config, self.state)
         if self.computation.attention is not None:
             model.set_attn_implementation(self.computation.attention)
+        self.threads = ThreadWatch(self.accelerator.device, self.computation.threads, most_threads)
         torch.set_num_threads(self.computation.threads)
         set_seed(options.seed, device_specific=True)  # different dropout on each
         optimizer = create_optimizer(model, options)
@@ -263,6 +265,7 @@ class DetectionTrainer:
     def _tick(self) -> None:
         """Bring the time spent training up to date."""
         now = time.perf_counter()
+        self.threads.after_step(now - self._clock)
         self.progress.seconds += now - self._clock
         self._clock = now
 
@@ -310,7 +313,11 @@ class DetectionTrainer:
                 f"the gradient is not finite at step {self.progress.step}; the state before it has been kept."
             )
         self.state = save_state(
-            self.accelerator, self.run_directory, self.progress, self._fingerprint, self.computation.to_dict()
+            self.accelerator,
+            self.run_directory,
+            self.progress,
+            self._fingerprint,
+            dataclasses.replace(self.computation, threads=self.threads.threads).to_dict(),
         )
 
     def _save_model(self, directory: Path) -> None:
