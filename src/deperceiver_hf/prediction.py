@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import Pipeline, pipeline
 
 from .data.detections import Detections
-from .data.images import decode_rgb
+from .data.images import open_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
 from .errors import FAILURE_CODE, INTERRUPTED_CODE, UserError
 from .machine import find_device
@@ -128,10 +128,9 @@ class PredictionJob:
         waiting: dict[tuple[int, int], list[tuple[Path, Image.Image]]] = {}
         for path in self.files:
             try:
-                image = decode_rgb({"path": str(path), "bytes": None}, image_id=0)
+                image = open_rgb(path)
             except OSError as error:
-                cause = error.__cause__ or error
-                report.errors.append({"file": str(path), "error": f"cannot be read as an image: {cause}"})
+                report.errors.append({"file": str(path), "error": f"cannot be read as an image: {error}"})
                 bar.update(1)
                 continue
             waiting.setdefault(image.size, []).append((path, image))

@@ -2,6 +2,7 @@
 """Image files: size and orientation from the header, pixels as RGB."""
 
 import io
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -82,6 +83,19 @@ def seen_sizes(
         else:
             report.add("size_mismatch", f"{describe[row]} is {header.seen_size}, stated {size} (width, height)")
     return sizes, rotations
+
+
+def open_rgb(path: str | os.PathLike) -> PIL.Image.Image:
+    """The image in a file as it is seen, in RGB: see [`decode_rgb`].
+
+    Raises:
+        OSError: the file is missing, truncated or no image; the message is the decoder's.
+    """
+    try:
+        with PIL.Image.open(path) as opened:
+            return _to_rgb(opened)
+    except _READ_ERRORS as error:
+        raise OSError(f"{error}") from error
 
 
 def decode_rgb(image: dict | PIL.Image.Image, image_id: int) -> PIL.Image.Image:
