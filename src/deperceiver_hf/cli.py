@@ -72,8 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         _overview().parse_args(arguments)  # ends the program
     name, *arguments = arguments
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger(__package__).setLevel(logging.INFO)
+    _show_log()
     as_json, debug = hasattr(shared, "json"), hasattr(shared, "debug")
     module = None
     try:
@@ -97,6 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return getattr(result, "exit_code", 0)
+
+
+def _show_log() -> None:
+    """Let what the package logs be seen on stderr. Libraries show their own; a handler for all would repeat it."""
+    logger = logging.getLogger(__package__)
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
 
 
 def _parse(name: str, module: ModuleType, arguments: list[str]) -> argparse.Namespace:
