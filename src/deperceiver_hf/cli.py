@@ -24,7 +24,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -72,13 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] not in COMMANDS:
         _overview().parse_args(arguments)  # ends the program
     name, *arguments = arguments
-    _show_log()
     as_json, debug = hasattr(shared, "json"), hasattr(shared, "debug")
     module = None
     try:
         module = importlib.import_module(f".{COMMANDS[name].module}", __package__)
         parsed = _parse(name, module, arguments)
-        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with _shown_log(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result = module.prepare(parsed).run()
     except KeyboardInterrupt:
         _say(getattr(module, "INTERRUPTED", "Interrupted."))
@@ -98,14 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return getattr(result, "exit_code", 0)
 
 
-def _show_log() -> None:
-    """Let what the package logs be seen on stderr. Libraries show their own; a handler for all would repeat it."""
-    logger = logging.getLogger(__package__)
+@contextlib.contextmanager
+def _shown_log() -> Iterator[None]:
+    """Within, what the package logs is seen on stderr. Libraries show their own; a handler for all would repeat it."""
+    logger, handler = logging.getLogger(__package__), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
     logger.setLevel(logging.INFO)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _parse(name: str, module: ModuleType, arguments: list[str]) -> argparse.Namespace:
