@@ -194,7 +194,8 @@ def _make_without_contents(make_model: Callable[[], nn.Module]) -> nn.Module:
 def _run_without_contents(model: nn.Module, image_shape: tuple[int, ...], *counters: TorchDispatchMode) -> None:
     """A forward pass on fake tensors: unlike on the meta device, the operations are those of a real device."""
     with FakeTensorMode(allow_non_fake_inputs=True), _unchecked_values():
-        model.to_empty(device="cpu")
+        for module in model.modules():  # each once, also where models share parts
+            module.to_empty(device="cpu", recurse=False)
         pixel_values = torch.empty(image_shape)
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for counter in counters:
