@@ -289,7 +289,7 @@ def test_missing_pieces_are_named(tmp_path):
 
 def test_options_of_other_kinds_are_refused(tmp_path):
     write_coco(tmp_path)
-    with pytest.raises(TypeError, match="image_size"):
+    with pytest.raises(ValueError, match="image_size"):
         load_detection_data(str(tmp_path), "val", image_size=64)
 
 

@@ -96,6 +96,11 @@ def test_corner_boxes(tmp_path):
     assert data.dataset[0]["objects"]["bbox"] == [[1, 2, 9, 10], [5, 5, 15, 5]]
     with pytest.raises(ValueError, match="bbox_format"):
         load_detection_data(path, "train", bbox_format="yolo")
+    named = load_detection_data(f"{path}:bbox_format=xyxy", "train")
+    assert named.dataset[0]["objects"] == data.dataset[0]["objects"]
+    for wrong in ("bbox_format=yolo", "strict=maybe", "colour=1"):
+        with pytest.raises(ValueError, match=f"{wrong}.*there are bbox_format=xywh"):
+            load_detection_data(f"{path}:{wrong}", "train")
 
 
 def test_image_ids_are_kept_where_they_identify(tmp_path):

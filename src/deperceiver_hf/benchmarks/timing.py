@@ -3,8 +3,9 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import timm
 import torch
@@ -38,26 +39,11 @@ class Timing:
     peak_memory: int | None
 
 
-def compare_times(
-    models: Sequence[str] = TIMED_BY_DEFAULT,
-    *,
-    height: int = 800,
-    width: int = 800,
-    batch_size: int = 1,
-    backbone: str | None = None,
-    num_latents: int = DEFAULT_NUM_LATENTS,
-    device: str = "cpu",
-    dtype: str = "float32",
-    attn_implementation: str = "sdpa",
-    compile: bool = False,
-    warmup: int = 2,
-    repeats: int = 10,
-    progress: bool = True,
-) -> BenchmarkReport:
-    """Measure latency and, on CUDA, peak memory of the forward passes of models with random weights.
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions:
+    """What is timed, and how; checked.
 
-    Args:
-        models: Names of `VARIANT_NAMES`. The first is what the others are compared with.
+    Attributes:
         height, width: Size of the images in pixels; they are not padded.
         batch_size: Number of images.
         backbone: Name of a timm model for all; if not given, see [`make_variant`].
@@ -71,67 +57,98 @@ def compare_times(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: An argument is out of range.
-        ImportError: The attention implementation is not installed.
+        ValueError: One of them is out of range.
     """
-    check_models(models)
-    check_image_size(height, width)
-    check_sides(models, height, width)
-    check_at_least_one(batch_size=batch_size, repeats=repeats, num_latents=num_latents)
-    if warmup < 0:
-        raise UserError(f"warmup must be at least 0, not {warmup}.")
-    if compile and warmup == 0:
-        raise UserError("a compiled model is compiled in its first pass: warmup must be at least 1, not 0.")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-    target = find_device(device)
-    made: dict[str, nn.Module] = {}
-    for name in models:
-        model = make_variant(name, backbone=backbone, num_latents=num_latents, attn_implementation=attn_implementation)
-        model = model.to(target, DTYPES[dtype])
-        made[name] = torch.compile(model) if compile else model
-    pixel_values = torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
-    timings = time_models(
-        made, pixel_values.to(target, DTYPES[dtype]), warmup=warmup, repeats=repeats, progress=progress
-    )
-    reference = timings[models[0]].latency
-    return BenchmarkReport(
-        kind="time",
-        settings={
-            "height": height,
-            "width": width,
-            "batch_size": batch_size,
-            "backbone": backbone or OWN_BACKBONES,
-            "num_latents": num_latents,
-            "device": device_name(target),
-            "threads": torch.get_num_threads() if target.type == "cpu" else None,
-            "dtype": dtype,
-            "attn_implementation": attn_implementation,
-            "compile": compile,
-            "repeats": repeats,
+
+    height: int = 800
+    width: int = 800
+    batch_size: int = 1
+    backbone: str | None = None
+    num_latents: int = DEFAULT_NUM_LATENTS
+    device: str = "cpu"
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    compile: bool = False
+    warmup: int = 2
+    repeats: int = 10
+    progress: bool = True
+
+    def __post_init__(self):
+        check_image_size(self.height, self.width)
+        check_at_least_one(batch_size=self.batch_size, repeats=self.repeats, num_latents=self.num_latents)
+        if self.warmup < 0:
+            raise UserError(f"warmup must be at least 0, not {self.warmup}.")
+        if self.compile and self.warmup == 0:
+            raise UserError("a compiled model is compiled in its first pass: warmup must be at least 1, not 0.")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+
+    def settings(self, device: torch.device) -> dict[str, Any]:
+        """What the times depend on, for the report."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "batch_size": self.batch_size,
+            "backbone": self.backbone or OWN_BACKBONES,
+            "num_latents": self.num_latents,
+            "device": device_name(device),
+            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
+            "compile": self.compile,
+            "repeats": self.repeats,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "timm": timm.__version__,
-        },
-        rows={
-            name: asdict(timing) | {"ratio": timing.latency / reference if timing.latency and reference else None}
-            for name, timing in timings.items()
-        },
-        columns={
-            "latency (ms)": lambda row: OUT_OF_MEMORY if row["latency"] is None else f"{1e3 * row['latency']:,.1f}",
-            "quartiles (ms)": lambda row: " to ".join(f"{1e3 * value:,.1f}" for value in row["quartiles"] or ()),
-            f"relative to {models[0]}": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-            **(
-                {
-                    "peak memory (MiB)": lambda row: (
-                        "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"
-                    )
-                }
-                if target.type == "cuda"
-                else {}
-            ),
-        },
-    )
+        }
+
+
+def compare_times(models: Sequence[str] = TIMED_BY_DEFAULT, **options: Any) -> BenchmarkReport:
+    """Measure latency and, on CUDA, peak memory of the forward passes of models with random weights.
+
+    Args:
+        models: Names of `VARIANT_NAMES`. The first is what the others are compared with.
+        options: Fields of [`TimingOptions`].
+
+    Raises:
+        ValueError: An argument is out of range.
+        ImportError: The attention implementation is not installed.
+    """
+    how = TimingOptions(**options)
+    check_models(models)
+    check_sides(models, how.height, how.width)
+    device, dtype = find_device(how.device), DTYPES[how.dtype]
+    made: dict[str, nn.Module] = {}
+    for name in models:
+        model = make_variant(
+            name,
+            backbone=how.backbone,
+            num_latents=how.num_latents,
+            attn_implementation=how.attn_implementation,
+        ).to(device, dtype)
+        made[name] = torch.compile(model) if how.compile else model
+    shape = (how.batch_size, 3, how.height, how.width)
+    pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    timings = time_models(made, pixel_values, warmup=how.warmup, repeats=how.repeats, progress=how.progress)
+    reference = timings[models[0]].latency
+    rows = {
+        name: asdict(timing) | {"ratio": timing.latency / reference if timing.latency and reference else None}
+        for name, timing in timings.items()
+    }
+    return BenchmarkReport("time", how.settings(device), rows, _columns(models[0], device))
+
+
+def _columns(reference: str, device: torch.device) -> dict[str, Callable[[dict[str, Any]], str]]:
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "latency (ms)": lambda row: OUT_OF_MEMORY if row["latency"] is None else f"{1e3 * row['latency']:,.1f}",
+        "quartiles (ms)": lambda row: " to ".join(f"{1e3 * value:,.1f}" for value in row["quartiles"] or ()),
+        f"relative to {reference}": lambda row: "" if row["ratio"] is None else f"{row['ratio']:.2f}",
+    }
+    if device.type == "cuda":
+        columns["peak memory (MiB)"] = lambda row: (
+            "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f}"
+        )
+    return columns
 
 
 @torch.inference_mode()
