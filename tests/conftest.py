@@ -16,6 +16,13 @@ from deperceiver_hf import (
     DePerceiverV2Config,
     DePerceiverV2ForObjectDetection,
 )
+from deperceiver_hf.evaluation.evaluator import EvaluationResult
+from deperceiver_hf.training import trainer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of this project's tests."""
+    parser.addoption("--kill-everywhere", action="store_true", help="Kill a run at every file operation, not at some.")
 
 
 def tiny_config(**overrides) -> DePerceiverConfig:
@@ -92,3 +99,18 @@ def forget_accelerator():
     yield
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
+
+
+@pytest.fixture
+def scripted_ap(monkeypatch):
+    """Evaluations that find the APs given instead of looking."""
+
+    def script(*values: float) -> None:
+        remaining = iter(values)
+
+        def evaluate(*args, **kwargs) -> EvaluationResult:
+            return EvaluationResult({"ap": next(remaining)}, {}, [], num_images=1, seconds=0.0)
+
+        monkeypatch.setattr(trainer, "evaluate_detector", evaluate)
+
+    return script

@@ -20,111 +20,21 @@ from torchvision import tv_tensors
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from deperceiver_hf.backbone_weights import IMAGENET_PREPROCESSING
-from deperceiver_hf.evaluation.evaluator import EvaluationResult
 from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
 from deperceiver_hf.training.optimization import create_scheduler, learning_rates
 from deperceiver_hf.training.setup import TrainingData, create_accelerator
-from training_runs import TINY_DEPERCEIVER, TINY_DETR, read_log, tiny_options
+from training_runs import (
+    TINY_DEPERCEIVER,
+    TINY_DETR,
+    assert_equal_weights,
+    read_log,
+    stop_at,
+    tiny_options,
+    train_until_killed,
+    weights_of,
+)
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
-
-
-@pytest.fixture
-def scripted_ap(monkeypatch):
-    """Evaluations that find the APs given instead of looking."""
-
-    def script(*values: float) -> None:
-        remaining = iter(values)
-
-        def evaluate(*args, **kwargs) -> EvaluationResult:
-            return EvaluationResult({"ap": next(remaining)}, {}, [], num_images=1, seconds=0.0)
-
-        monkeypatch.setattr(trainer, "evaluate_detector", evaluate)
-
-    return script
-
-
-def weights_of(run: DetectionTrainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-
-
-def assert_equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
-def stop_at(monkeypatch, step: int, action) -> None:
-    """Let `action` happen when `step` optimizer steps have been done and the next one begins."""
-    original = DetectionTrainer.optimizer_step
-
-    def step_or_stop(self, batches, count):
-        if self.progress.step == step:
-            action()
-        return original(self, batches, count)
-
-    monkeypatch.setattr(DetectionTrainer, "optimizer_step", step_or_stop)
-
-
-def kill() -> None:
-    raise RuntimeError("killed")
-
-
-def train_until_killed(output_dir: Path, monkeypatch, step: int, **options) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, step, kill)
-        run = DetectionTrainer(tiny_options(output_dir, **options))
-        with pytest.raises(RuntimeError, match="killed"):
-            run.train()
-
-
-RESUMED_RUNS = {
-    "killed": {"checkpointing_steps": 2},
-    "killed with workers and accumulation": {
-        "checkpointing_steps": 1,
-        "num_workers": 2,
-        "gradient_accumulation_steps": 2,
-        "max_train_samples": 14,
-        "warmup_steps": 3,
-        "lr_scheduler": "cosine",
-    },
-    "killed in the second epoch": {"checkpointing_steps": 3, "lr_drop": 1, "group_by_aspect_ratio": True},
-    "killed in bfloat16": {"checkpointing_steps": 2, "use_bfloat": True, "log_every": 5},
-    "killed in the second epoch, evaluated within": {"checkpointing_steps": 3, "eval_steps": 7},
-}
-
-
-@pytest.mark.parametrize("name", RESUMED_RUNS)
-def test_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch, scripted_ap, name):
-    options = {"eval_every": 1, "dropout": 0.1, **RESUMED_RUNS[name]}
-    scripted_ap(0.2, 0.1)
-    straight = DetectionTrainer(tiny_options(tmp_path / "straight", **options))
-    expected = straight.train()
-
-    scripted_ap(*((0.2, 0.2, 0.1) if "within" in name else (0.2, 0.1)))  # the first evaluation is done again
-    train_until_killed(tmp_path / "resumed", monkeypatch, 8 if "second" in name else 3, **options)
-    torch.manual_seed(99)  # nothing is left of the random state
-    resumed = DetectionTrainer(tiny_options(tmp_path / "resumed", **options, resume="auto"))
-    result = resumed.train()
-
-    assert resumed.best_models.top_k > 0
-    assert_equal_weights(weights_of(straight), weights_of(resumed))
-    moments = [run.optimizer.state_dict()["state"] for run in (straight, resumed)]
-    for left, right in zip(*(moment.values() for moment in moments), strict=True):
-        assert all(torch.equal(left[key], right[key]) for key in left)
-    assert resumed.progress.best == straight.progress.best
-    assert (result.step, result.epoch, result.best_ap) == (expected.step, expected.epoch, 0.2)
-    for kind in ("train", "eval"):
-        assert read_log(tmp_path / "resumed", kind) == read_log(tmp_path / "straight", kind)
-
-
-def test_resuming_starts_in_the_middle_of_the_epoch(tmp_path, monkeypatch):
-    train_until_killed(tmp_path, monkeypatch, 3, checkpointing_steps=2)
-    run = DetectionTrainer(tiny_options(tmp_path, checkpointing_steps=2, resume="auto"))
-    assert (run.progress.step, run.progress.epoch, run.progress.batches) == (2, 0, 2)
-    run.data.sampler.set_epoch(0, skip=2)
-    rest = list(run.data.sampler)
-    run.data.sampler.set_epoch(0)
-    assert rest == list(run.data.sampler)[2:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -145,17 +55,6 @@ def test_a_signal_saves_the_state_and_ends_with_130(tmp_path, monkeypatch, capsy
     assert_equal_weights(weights_of(straight), weights_of(resumed))
 
 
-def test_stopped_at_an_evaluation_it_is_made_when_resumed(tmp_path, monkeypatch, scripted_ap):
-    scripted_ap(0.1, 0.2, 0.3)
-    options = {"eval_every": 1, "eval_steps": 4, "save_top_k": 1}
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert DetectionTrainer(tiny_options(tmp_path, **options)).train().interrupted
-    DetectionTrainer(tiny_options(tmp_path, **options, resume="auto")).train()
-    assert [line["step"] for line in read_log(tmp_path, "eval")] == [4, 8, 12]
-    assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-002-step-12"]
-
-
 def run_script(monkeypatch, options, *arguments: str) -> int:
     """Exit code of `scripts/train.py` with what differs from the defaults in `options` as flags."""
     flags = []
@@ -167,29 +66,6 @@ def run_script(monkeypatch, options, *arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     return ended.value.code
-
-
-def test_kill_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
-    straight = DetectionTrainer(tiny_options(tmp_path / "straight"))
-    straight.train()
-
-    run = DetectionTrainer(tiny_options(tmp_path / "run", checkpointing_steps=2))
-    save = run.accelerator.save_state
-
-    def save_half(directory):
-        if run.progress.step == 4:
-            (Path(directory) / "model.safetensors").write_bytes(b"half")
-            kill()
-        save(directory)
-
-    monkeypatch.setattr(run.accelerator, "save_state", save_half)
-    with pytest.raises(RuntimeError, match="killed"):
-        run.train()
-    resumed = DetectionTrainer(tiny_options(tmp_path / "run", checkpointing_steps=2, resume="auto"))
-    assert resumed.progress.step == 2
-    assert not list((tmp_path / "run").glob("*.incomplete"))
-    resumed.train()
-    assert_equal_weights(weights_of(straight), weights_of(resumed))
 
 
 def test_cached_images_change_nothing_and_may_be_cached_from_then_on(tmp_path, monkeypatch):
@@ -538,15 +414,6 @@ def test_loss_that_is_not_finite_stops_with_step_and_terms(tmp_path, name):
     assert f"at step {1 if options else 3} (epoch 1)" in str(error.value)
     states = [path.name for path in tmp_path.glob("state-*")]
     assert states == ([] if options else ["state-00000002-0000"])
-
-
-def test_gradient_that_is_not_finite_is_never_saved(tmp_path):
-    run = DetectionTrainer(tiny_options(tmp_path, checkpointing_steps=1))
-    weight = run.parameters[-1]
-    weight.register_hook(lambda gradient: gradient * torch.nan if run.progress.step == 1 else gradient)
-    with pytest.raises(NonFiniteLossError, match="gradient is not finite at step 2"):
-        run.train()
-    assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000001-0000"]
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path):

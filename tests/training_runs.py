@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deperceiver_hf.training import TrainingOptions
+import pytest
+import torch
+
+from deperceiver_hf.training import DetectionTrainer, TrainingOptions
 
 TINY_DEPERCEIVER = {
     "architecture": "deperceiver",
@@ -72,3 +75,36 @@ def read_log(output_dir: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "images_per_second")
     return [{key: line[key] for key in line if key not in clock} for line in lines if line["kind"] == kind]
+
+
+def weights_of(run: DetectionTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+
+def assert_equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def stop_at(monkeypatch, step: int, action) -> None:
+    """Let `action` happen when `step` optimizer steps have been done and the next one begins."""
+    original = DetectionTrainer.optimizer_step
+
+    def step_or_stop(self, batches, count):
+        if self.progress.step == step:
+            action()
+        return original(self, batches, count)
+
+    monkeypatch.setattr(DetectionTrainer, "optimizer_step", step_or_stop)
+
+
+def kill() -> None:
+    raise RuntimeError("killed")
+
+
+def train_until_killed(output_dir: Path, monkeypatch, step: int, **options) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, kill)
+        run = DetectionTrainer(tiny_options(output_dir, **options))
+        with pytest.raises(RuntimeError, match="killed"):
+            run.train()

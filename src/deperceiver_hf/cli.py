@@ -12,7 +12,7 @@ The module of a subcommand has
 - `INTERRUPTED`, if there is more to say: what is printed after Ctrl-C.
 
 Exit codes: 0, done; 1, the work failed, in whole or in part; 2, the arguments do not fit, or not what they name;
-130, interrupted. An error that nobody expects has a traceback, and ends with 1.
+130, interrupted, by SIGINT or SIGTERM. Whatever goes wrong is said in one line; `--debug` shows the traceback.
 """
 
 import argparse
@@ -22,16 +22,18 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import FrameType, ModuleType
 
 import torch
 
-from .errors import FAILURE_CODE, INTERRUPTED_CODE, USER_ERROR_CODE, FailedRunError, is_user_error, one_line
+from .errors import INTERRUPTED_CODE, explain
 from .jobs import Result
 
 PROGRAM = "deperceiver"
@@ -77,24 +79,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(f".{COMMANDS[name].module}", __package__)
         parsed = _parse(name, module, arguments)
-        with _shown_log(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with (
+            _interrupted_by_sigterm(),
+            _shown_log(),
+            contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(),
+        ):
             result = module.prepare(parsed).run()
     except KeyboardInterrupt:
         _say(getattr(module, "INTERRUPTED", "Interrupted."))
         return INTERRUPTED_CODE
     except Exception as error:
-        failed = isinstance(error, FailedRunError)
-        if not failed and not is_user_error(error):
-            raise
+        failure = explain(error)
         if debug:
             traceback.print_exc()
-        _say(f"{PROGRAM} {name}: error: {one_line(error)}")
-        return FAILURE_CODE if failed else USER_ERROR_CODE
+        _say(f"{PROGRAM} {name}: error: {failure.message}")
+        return failure.code
     if _is_main_process():
         print(_as_json(result) if as_json else result.summary())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return getattr(result, "exit_code", 0)
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM does what Ctrl-C does, so that a command stops its processes and says how far it came."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,14 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path with the suffix of `path`, which takes the place of `path` if no error occurs."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # see `is_temporary`
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path, *, of: Path) -> bool:
+    """Whether a path is one of `atomic_path`, which a killed writer of the file `of` has left."""
+    return path.parent == of.parent and re.fullmatch(rf"\.\d+\.{re.escape(of.name)}", path.name) is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from .images import ImageHeader, seen_sizes
+from .images import ImageHeader, UnreadableImageError, seen_sizes
 from .records import BORDER_TOLERANCE, LoadingReport
 
 
@@ -44,13 +44,13 @@ class ImageList:
 
     Attributes:
         ids: (N,) integers, all different.
-        headers: `None` for an image that cannot be read.
+        headers: An error with the reason for an image that cannot be read.
         stated_sizes: Width and height that the annotations state; `None` where they do not.
         names: For messages.
     """
 
     ids: np.ndarray
-    headers: Sequence[ImageHeader | None]
+    headers: Sequence[ImageHeader | UnreadableImageError]
     stated_sizes: Sequence[tuple[int, int] | None]
     names: Sequence[str]
 
@@ -71,10 +71,10 @@ def assemble(
         image.
     """
     for name, header in zip(images.names, images.headers, strict=True):
-        if header is None:
-            report.add("unreadable_image", name)
-    kept = np.array([row for row, header in enumerate(images.headers) if header is not None], dtype=np.int64)
-    headers = [header for header in images.headers if header is not None]
+        if isinstance(header, UnreadableImageError):
+            report.add("unreadable_image", f"{name}: {header}")
+    readable = {row: header for row, header in enumerate(images.headers) if isinstance(header, ImageHeader)}
+    kept, headers = np.array(list(readable), dtype=np.int64), list(readable.values())
     stated, names = ([values[row] for row in kept] for values in (images.stated_sizes, images.names))
     sizes, rotations = seen_sizes(headers, stated, names, report)
     return kept, record_columns(images.ids[kept], sizes, annotations.of_images(kept), report, rotations)

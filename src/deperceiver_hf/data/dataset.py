@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From records to batches: the torch data set, and the collation by the image processor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,11 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import UserError
 from .boxes import xywh_to_xyxy, xyxy_to_xywh
-from .images import decode_rgb
+from .images import UnreadableImageError, decode_rgb, limit_pixels
 from .records import DetectionData
+
+BAD_IMAGE_POLICIES = ("skip", "stop")
+MOST_UNREADABLE = 0.1  # of the images, but at least a few: more are no bad images but a bad disk
 
 
 class DetectionDataset(Dataset):
@@ -34,6 +37,10 @@ class DetectionDataset(Dataset):
         seed: of the augmentation.
         cache_images: keep every image as it is decoded or painted, 3 bytes a pixel, for the next time that it is asked
             for. Each process keeps its own: worker processes forget theirs when they end.
+        on_bad_image: what becomes of an image that cannot be read although its header could. `"stop"` raises
+            `UnreadableImageError`; `"skip"` takes the next one instead (`index + 1`, or after it), and the item has
+            `"unreadable"`, `{index: reason}`. More than a tenth of such images is an error in any case.
+        max_image_pixels: see `limit_pixels`.
     """
 
     def __init__(
@@ -43,12 +50,19 @@ class DetectionDataset(Dataset):
         seed: int = 0,
         *,
         cache_images: bool = False,
+        on_bad_image: str = "stop",
+        max_image_pixels: int | None = None,
     ):
+        if on_bad_image not in BAD_IMAGE_POLICIES:
+            raise UserError(f"on_bad_image must be one of {BAD_IMAGE_POLICIES}, got {on_bad_image!r}")
         self.data = data
+        self.on_bad_image = on_bad_image
+        self.max_image_pixels = max_image_pixels
         self.transforms = transforms
         self.seed = seed
         # Worker processes that live through several epochs see the new epoch through shared memory.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._unreadable = torch.zeros(len(data.dataset), dtype=torch.bool).share_memory_()
         painted = data.dataset.format["type"] == "custom"  # images made on access, by the data set's own transform
         self._rows = data.dataset if painted else data.dataset.cast_column("image", Image(decode=False))
         self._rows_without_image = data.dataset.with_format(None).remove_columns("image")
@@ -68,6 +82,10 @@ class DetectionDataset(Dataset):
         plain = self.data.dataset.with_format(None).select_columns(["height", "width"])
         return list(zip(plain["height"], plain["width"], strict=True))
 
+    def image_id(self, index: int) -> int:
+        """The id of the image at a place."""
+        return self._rows_without_image[index]["image_id"]
+
     @property
     def aspect_ratios(self) -> np.ndarray:
         """Width / height of every image, before the transforms."""
@@ -77,8 +95,13 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def leave_out(self, indices: Iterable[int]) -> None:
+        """Take other images for these, as for those that cannot be read."""
+        self._unreadable[torch.tensor(list(indices), dtype=torch.int64)] = True
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row, image = self._load(int(index))
+        unreadable: dict[int, str] = {}
+        row, image = self._load_or_next(int(index), unreadable)
         objects = row["objects"]
         boxes = torch.from_numpy(xywh_to_xyxy(objects["bbox"]))  # added up in float64, rounded once
         sample = {
@@ -90,7 +113,34 @@ class DetectionDataset(Dataset):
         }
         if self.transforms is not None:
             sample = self._transform(sample, int(index))
-        return {"image": sample["image"], "annotations": _to_coco(sample, row["image_id"])}
+        return {
+            "image": sample["image"],
+            "annotations": _to_coco(sample, row["image_id"]),
+            **({"unreadable": unreadable} if unreadable else {}),
+        }
+
+    def _load_or_next(self, index: int, unreadable: dict[int, str]) -> tuple[dict[str, Any], tv_tensors.Image]:
+        """[`_load`] of the first image from `index` on that can be read; the others are entered in `unreadable`."""
+        limit_pixels(self.max_image_pixels)
+        for place in range(index, index + len(self)):
+            candidate = place % len(self)
+            if self._unreadable[candidate]:  # found before, perhaps by another process
+                unreadable[candidate] = f"The image at place {candidate} of the data set cannot be read."
+                continue
+            try:
+                return self._load(candidate)
+            except UnreadableImageError as error:
+                if self.on_bad_image == "stop":
+                    raise
+                self._unreadable[candidate] = True
+                unreadable[candidate] = str(error)
+                count = int(self._unreadable.sum())
+                if count > max(3, MOST_UNREADABLE * len(self)):
+                    raise UserError(
+                        f"{count} of {len(self)} images cannot be read any more, too many to leave out. Is the "
+                        f"disk with the images still there? The last one: {error}"
+                    ) from error
+        raise UserError(f"None of the {len(self)} images can be read.")
 
     def _load(self, index: int) -> tuple[dict[str, Any], tv_tensors.Image]:
         """The record of an image, and the image, which the caller may change."""
@@ -99,9 +149,10 @@ class DetectionDataset(Dataset):
         row = self._rows[index]
         image = decode_rgb(row["image"], row["image_id"])
         if image.size != (row["width"], row["height"]):
-            raise UserError(
-                f"The image of image_id {row['image_id']} ({row['image']}) is {image.size} pixels (width, height), "
-                f"its record says {(row['width'], row['height'])}. Was the file replaced after loading? Load it anew."
+            raise UnreadableImageError(
+                f"The image of image_id {row['image_id']} ({row['image']['path']}) is {image.size} pixels (width, "
+                f"height), its record says {(row['width'], row['height'])}: it was replaced after loading, so its "
+                "boxes may not fit."
             )
         image = F.to_image(image)
         if self._images is not None:
@@ -138,11 +189,13 @@ class DetectionCollator:
         self.do_resize = do_resize
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """`pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W) and `labels`, a list of dictionaries of tensors."""
+        """`pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W), `labels`, a list of dictionaries of tensors, and
+        `unreadable`, the images that others have taken the place of (index in the data set: reason)."""
         batch = self.image_processor(
             images=[item["image"].as_subclass(torch.Tensor) for item in items],
             annotations=[item["annotations"] for item in items],
             do_resize=self.do_resize,
             return_tensors="pt",
         )
-        return {**batch, "labels": [dict(label) for label in batch["labels"]]}
+        unreadable = {index: reason for item in items for index, reason in item.get("unreadable", {}).items()}
+        return {**batch, "labels": [dict(label) for label in batch["labels"]], "unreadable": unreadable}

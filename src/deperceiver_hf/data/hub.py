@@ -6,7 +6,6 @@ What is understood: an image column and an `objects` column, either lists of val
 `CATEGORY_KEYS`, and optionally `id`, `area` and `iscrowd`; `image_id`, `width` and `height` are optional columns.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datase
 
 from ..errors import UserError
 from .annotations import AnnotationList, ImageList, as_integer, assemble
-from .images import ImageHeader, read_header
+from .images import ImageHeader, UnreadableImageError, try_header
 from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
@@ -196,7 +195,7 @@ def _as_object_list(entry, category_key: str) -> list[dict]:
 
 def _read_annotations(
     plain: Dataset,
-    headers: list[ImageHeader | None],
+    headers: list[ImageHeader | UnreadableImageError],
     box_key: str,
     category_key: str,
     categories: dict,
@@ -206,7 +205,7 @@ def _read_annotations(
     """The objects of all images that have a header."""
     result = AnnotationList()
     for row, (header, entry) in enumerate(zip(headers, _iterate_column(plain, "objects"), strict=True)):
-        for one in _as_object_list(entry, category_key) if header else ():
+        for one in _as_object_list(entry, category_key) if isinstance(header, ImageHeader) else ():
             label = categories.get(_category(one))
             box = one.get(box_key)
             if box is None:
@@ -221,16 +220,16 @@ def _read_annotations(
     return result
 
 
-def _iterate_headers(images: Dataset) -> Iterator[ImageHeader | None]:
+def _iterate_headers(images: Dataset) -> Iterator[ImageHeader | UnreadableImageError]:
     """Headers of all images; of images stored in the data set, only the pages that hold the header are read."""
     for batch in images.with_format("arrow").iter(batch_size=1000):
         column = batch["image"].combine_chunks()
         for scalar in column:
             content, path = scalar["bytes"], scalar["path"].as_py() if scalar.is_valid else None
             if scalar.is_valid and content.is_valid:
-                yield read_header(pa.BufferReader(content.as_buffer()))
+                yield try_header(pa.BufferReader(content.as_buffer()))
             else:
-                yield read_header(path) if path and os.path.isfile(path) else None
+                yield try_header(path) if path else UnreadableImageError("there is neither a file nor its content")
 
 
 def _read_image_ids(plain: Dataset, report: LoadingReport) -> np.ndarray:

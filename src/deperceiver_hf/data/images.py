@@ -1,30 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files: size and orientation from the header, pixels as RGB."""
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
+from ..errors import one_line
+from ..models.pixels_deperceiver import exif_orientation, to_rgb
 from .records import LoadingReport
 
 EXIF_ORIENTATION = 0x0112
-# What Pillow raises for broken files: besides OSError, its PNG and TIFF readers raise SyntaxError and friends.
-_READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    PIL.Image.DecompressionBombError,
-)
+
+
+class UnreadableImageError(OSError):
+    """A file that is not there, no image, a broken one or too large; the message is the reason alone."""
 
 
 class ImageHeader(NamedTuple):
@@ -40,22 +35,30 @@ class ImageHeader(NamedTuple):
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
 
-def read_header(source) -> ImageHeader | None:
-    """Size and orientation of an image file (a path or a binary file object); `None` if it is not a readable image."""
-    try:
-        with PIL.Image.open(source) as image:
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            width, height = image.size
-            return ImageHeader(width, height, orientation if orientation in range(1, 9) else 1)
-    except _READ_ERRORS:
-        return None
+def read_header(source: str | os.PathLike | BinaryIO) -> ImageHeader:
+    """Size and orientation of an image file, without decoding its pixels.
+
+    Raises:
+        UnreadableImageError: it is no image.
+    """
+    with _reasons_of_decoders(), PIL.Image.open(source) as image:
+        width, height = image.size
+        return ImageHeader(width, height, exif_orientation(image))
 
 
-def read_headers(sources: Sequence, chunk_size: int = 256) -> list[ImageHeader | None]:
+def read_headers(sources: Sequence, chunk_size: int = 256) -> list[ImageHeader | UnreadableImageError]:
     """`read_header` of many files, several at a time: on a network disk the waiting takes longest."""
     chunks = [sources[start : start + chunk_size] for start in range(0, len(sources), chunk_size)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return [header for part in pool.map(lambda chunk: [read_header(s) for s in chunk], chunks) for header in part]
+        return [header for part in pool.map(lambda chunk: list(map(try_header, chunk)), chunks) for header in part]
+
+
+def try_header(source: str | os.PathLike | BinaryIO) -> ImageHeader | UnreadableImageError:
+    """[`read_header`] for loaders, which go on without the images that have none."""
+    try:
+        return read_header(source)
+    except UnreadableImageError as error:
+        return error
 
 
 def seen_sizes(
@@ -85,45 +88,60 @@ def seen_sizes(
     return sizes, rotations
 
 
-def open_rgb(path: str | os.PathLike) -> PIL.Image.Image:
-    """The image in a file as it is seen, in RGB: see [`decode_rgb`].
+def open_rgb(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
+    """The image in a file as it is seen, in RGB; of several frames or pages the first.
 
     Raises:
-        OSError: the file is missing, truncated or no image; the message is the decoder's.
+        UnreadableImageError: the file is missing, truncated or no image.
     """
-    try:
-        with PIL.Image.open(path) as opened:
-            return _to_rgb(opened)
-    except _READ_ERRORS as error:
-        raise OSError(f"{error}") from error
+    with _reasons_of_decoders(), PIL.Image.open(source) as opened:
+        return to_rgb(opened)
 
 
 def decode_rgb(image: dict | PIL.Image.Image, image_id: int) -> PIL.Image.Image:
-    """The image as it is seen, in RGB: turned as EXIF says, whatever its mode (gray, 16 bit, palette, alpha, CMYK).
+    """[`open_rgb`] of an image in a data set.
 
     Args:
         image: a PIL image or the storage of a `datasets.Image`, `{"bytes": ..., "path": ...}`.
         image_id: for the message.
 
     Raises:
-        OSError: the file is missing, truncated or no image.
+        UnreadableImageError: the file is missing, truncated or no image.
     """
-    path = None
+    content, path = (None, None) if isinstance(image, PIL.Image.Image) else (image.get("bytes"), image.get("path"))
     try:
         if isinstance(image, PIL.Image.Image):
-            return _to_rgb(image)
-        content, path = image.get("bytes"), image.get("path")
-        with PIL.Image.open(path if content is None else io.BytesIO(content)) as opened:
-            return _to_rgb(opened)
-    except _READ_ERRORS as error:
-        raise OSError(
-            f"The image of image_id {image_id} ({path or 'stored in the data set'}) cannot be read: "
-            f"{type(error).__name__}: {error}. Replace the file or remove the image from the annotations."
+            with _reasons_of_decoders():
+                return to_rgb(image)
+        return open_rgb(io.BytesIO(content) if content is not None else path or "")
+    except UnreadableImageError as error:
+        raise UnreadableImageError(
+            f"The image of image_id {image_id} ({path or 'stored in the data set'}) cannot be read: {error}"
         ) from error
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bit to 8
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+def limit_pixels(limit: int | None) -> None:
+    """Refuse images of more pixels than `limit` from here on, in this process; `None` leaves Pillow's limit.
+
+    Pillow refuses what has twice as many pixels as its limit says, since a small file can hold an image that fills the
+    memory.
+    """
+    if limit is not None:
+        PIL.Image.MAX_IMAGE_PIXELS = -(-limit // 2)
+
+
+@contextlib.contextmanager
+def _reasons_of_decoders() -> Iterator[None]:
+    """Whatever a decoder raises (each its own exceptions) becomes an `UnreadableImageError` with the reason."""
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except FileNotFoundError as error:
+        raise UnreadableImageError("there is no such file") from error
+    except PIL.UnidentifiedImageError as error:
+        raise UnreadableImageError("it is no image that Pillow can read") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise UnreadableImageError(f"{one_line(error)} --max_image_pixels sets another limit.") from error
+    except Exception as error:
+        raise UnreadableImageError(f"{type(error).__name__}: {one_line(error)}") from error

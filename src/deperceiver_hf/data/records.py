@@ -56,6 +56,8 @@ ISSUES = {
 }
 """What can be wrong with a data set, and what is done about it."""
 
+_LACKING_IMAGES = ("missing_image_file", "unreadable_image")
+
 BORDER_TOLERANCE = 1.0
 """Pixels by which a box may pass the border before its clipping counts as a repair (annotations are often rounded)."""
 
@@ -93,6 +95,19 @@ class LoadingReport:
         return "\n".join(
             f"  {count} {ISSUES[issue]}; e.g. {self.examples[issue]}" for issue, count in self.counts.items()
         )
+
+    def require_images(self) -> None:
+        """Refuse a data set of which images are missing or cannot be read.
+
+        Raises:
+            ValueError: some were left out for that.
+        """
+        lacking = {issue: self.counts[issue] for issue in _LACKING_IMAGES if issue in self.counts}
+        if lacking:
+            described = "; ".join(f"{n} {ISSUES[issue]}, e.g. {self.examples[issue]}" for issue, n in lacking.items())
+            raise UserError(
+                f"{self.source}: {described}. Mend or remove them, or leave them out by --on_bad_image skip."
+            )
 
     def conclude(self, strict: bool) -> None:
         """Log the issues as one warning on the main process, or refuse them.

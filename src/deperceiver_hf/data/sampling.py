@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which images go together into a batch, in training and in evaluation, and what loads the batches."""
 
+import atexit
+import contextlib
+import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -122,24 +127,65 @@ def _split(indices: list[int], batch_size: int) -> list[list[int]]:
 
 def make_loader(
     dataset: Dataset,
-    batches: Sampler[list[int]],
+    batches: Sampler[list[int]] | Sequence[list[int]],
     collate: Callable[[list[Any]], Any],
     num_workers: int,
-    pin_memory: bool,
+    pin_memory: bool = False,
 ) -> DataLoader:
-    """Loader of the epoch that `batches` is set to. It draws nothing from torch's global random state."""
+    """The loader of all that this package loads; iterate over it by [`iterating`].
+
+    It draws nothing from torch's global random state. Its processes may be forked or spawned, leave signals to the
+    process that they load for, and end with it.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_main_process,
+        worker_init_fn=_Worker() if num_workers else None,
         generator=torch.Generator(),
     )
 
 
-def _leave_signals_to_main_process(worker_id: int) -> None:
-    # Ctrl-C reaches the workers too; the main process still needs them for the step that it finishes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextlib.contextmanager
+def iterating(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """An iterator over the batches of a loader of [`make_loader`], whose processes end with the block in any case.
+
+    Without it they would live as long as something refers to the iterator: the traceback of an error does.
+    """
+    if not loader.num_workers:
+        yield iter(loader)
+        return
+    dismiss = loader.worker_init_fn.dismiss  # type: ignore[union-attr]  # a `_Worker`
+    atexit.register(dismiss)  # before multiprocessing waits for its children
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        dismiss()
+        iterator._shutdown_workers()  # type: ignore[attr-defined]  # what its `__del__` does, but at once
+        atexit.unregister(dismiss)
+
+
+class _Worker:
+    """Makes a process that loads data ignore what is sent to the whole group, as Ctrl-C in a terminal is.
+
+    The main process still needs it for the step that it finishes. Then it dismisses it, and SIGTERM, which
+    multiprocessing ends its children by, ends it.
+    """
+
+    def __init__(self) -> None:
+        self._dismissed = RawValue("b", 0)  # shared with the processes
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._end_if_dismissed)
+
+    def dismiss(self) -> None:
+        """Let SIGTERM end the processes."""
+        self._dismissed.value = 1
+
+    def _end_if_dismissed(self, number: int, frame: FrameType | None) -> None:
+        if self._dismissed.value:
+            os._exit(0)

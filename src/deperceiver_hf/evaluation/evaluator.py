@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +26,9 @@ from transformers.utils import logging
 
 from ..data import DetectionData, DetectionDataset, same_size_batches
 from ..data.detections import Detections
+from ..data.images import UnreadableImageError
 from ..data.records import is_main_process
+from ..data.sampling import iterating, make_loader
 from ..errors import UserError
 from ..machine import choose_precision, make_accelerator
 from .coco_metric import CocoDetectionMetric
@@ -46,6 +48,7 @@ class EvaluationResult:
             data set's own category ids and boxes as (x, y, width, height) in pixels, ordered by image and query.
         num_images: number of images evaluated.
         seconds: wall time.
+        left_out: why images that could not be read were left out, with their objects, by image id.
     """
 
     metrics: dict[str, float]
@@ -53,13 +56,19 @@ class EvaluationResult:
     predictions: list[dict]
     num_images: int
     seconds: float
+    left_out: dict[int, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """The metrics and the AP per class as a table, in percent; a dash where there was nothing to find."""
         rows = [*self.metrics.items(), ("", None), *self.per_class.items()]
         width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {_percent(value)}" if name else "AP per class" for name, value in rows]
-        return "\n".join([f"{self.num_images} images, {self.seconds:.1f} s", *lines])
+        lines = [f"{name:<{width}}  {as_percent(value)}" if name else "AP per class" for name, value in rows]
+        left_out = [f"left out: {reason}" for reason in self.left_out.values()]
+        return "\n".join([f"{self.num_images} images, {self.seconds:.1f} s", *left_out, *lines])
+
+
+class InterruptedEvaluationError(RuntimeError):
+    """The evaluation was asked to stop before its end."""
 
 
 def evaluate_detector(
@@ -68,6 +77,7 @@ def evaluate_detector(
     data: DetectionData,
     *,
     accelerator: Accelerator | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     **options: Any,
 ) -> EvaluationResult:
     """Run a detector over a data set and score it as COCO does.
@@ -79,12 +89,15 @@ def evaluate_detector(
         image_processor: its processor. Each image is processed alone, so nothing is padded.
         data: the images with their objects. The classes of model and data are matched by name (`align_labels`).
         accelerator: by default that of `make_accelerator`.
+        should_stop: asked now and then; once it says so on any process, all of them end.
         options: `batch_size`, `num_workers`, `mixed_precision`, `max_detections`, `area_boundaries`, `batched_forward`
             and `progress`, see `EvaluationOptions`.
 
     Raises:
         ValueError: empty data, labels that do not fit or options out of range.
+        OSError: an image cannot be read, and `on_bad_image` is `"stop"`.
         FloatingPointError: the model predicts numbers that are not finite.
+        InterruptedEvaluationError: `should_stop` said so.
     """
     start = time.perf_counter()
     how = EvaluationOptions(**options)
@@ -95,8 +108,20 @@ def evaluate_detector(
     detector = _Detector(_on_device(model, accelerator), image_processor, accelerator.device, autocast)
     labels = align_labels(detector.model.config.id2label, data.label_names)
 
-    found = [_with_data_labels(detections, labels) for detections in _detect_all(detector, data, accelerator, how)]
-    found = sorted(gather_object(found), key=lambda detections: detections.image_id)
+    share = _detect_all(detector, data, accelerator, how, should_stop)
+    shares = gather_object([share])
+    for problem in (share.problem, *(other.problem for other in shares)):
+        if problem is not None:
+            raise problem
+    left_out = {image_id: reason for one in shares for image_id, reason in one.left_out.items()}
+    if len(left_out) == len(data.dataset):
+        raise UserError(f"None of the {len(data.dataset)} images can be read. {next(iter(left_out.values()))}")
+    for reason in left_out.values() if accelerator.is_main_process else ():
+        logger.warning(f"{reason} It is left out, with its objects.")
+    detected = [detections for one in shares for detections in one.found]
+    found = sorted(
+        (_with_data_labels(detections, labels) for detections in detected), key=lambda detections: detections.image_id
+    )
     scores = [_score(found, data, how) if accelerator.is_main_process else None]
     metrics = broadcast_object_list(scores)[0]
     per_class = metrics.pop("per_class")
@@ -104,8 +129,9 @@ def evaluate_detector(
         metrics=metrics,
         per_class=per_class,
         predictions=[result for detections in found for result in detections.to_coco(data.category_ids)],
-        num_images=len(data.dataset),
+        num_images=len(found),
         seconds=time.perf_counter() - start,
+        left_out=left_out,
     )
 
 
@@ -162,6 +188,11 @@ def autocast_context(accelerator: Accelerator, mixed_precision: str | None) -> C
     return lambda: torch.autocast(accelerator.device.type, dtype=precision.dtype)
 
 
+class _Unreadable(NamedTuple):
+    image_id: int
+    reason: str
+
+
 class _Image(NamedTuple):
     image_id: int
     pixel_values: torch.Tensor  # (1, 3, H, W)
@@ -172,15 +203,21 @@ class _Image(NamedTuple):
 class _ProcessedImages(Dataset):
     """The images of detection data, each processed alone."""
 
-    def __init__(self, data: DetectionData, image_processor: Any):
-        self.dataset = DetectionDataset(data)
+    def __init__(self, data: DetectionData, image_processor: Any, how: EvaluationOptions):
+        self.dataset = DetectionDataset(data, max_image_pixels=how.max_image_pixels)
         self.image_processor = image_processor
+        self.skip = how.on_bad_image == "skip"
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> _Image:
-        item = self.dataset[index]
+    def __getitem__(self, index: int) -> "_Image | _Unreadable":
+        try:
+            item = self.dataset[index]
+        except UnreadableImageError as error:
+            if not self.skip:
+                raise
+            return _Unreadable(self.dataset.image_id(index), str(error))
         image = item["image"].as_subclass(torch.Tensor)  # (3, height, width) uint8
         inputs = self.image_processor(images=[image], return_tensors="pt")
         mask = inputs.get("pixel_mask")
@@ -252,38 +289,66 @@ def _on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     return getattr(model, "_orig_mod", model).to(accelerator.device)
 
 
+@dataclass
+class _Share:
+    """What a process has to say of its share of the images."""
+
+    found: list[Detections] = field(default_factory=list)  # with the model's labels
+    left_out: dict[int, str] = field(default_factory=dict)  # reason by image id
+    problem: Exception | None = None  # that all processes are to raise
+
+
 def _detect_all(
-    detector: _Detector, data: DetectionData, accelerator: Accelerator, how: EvaluationOptions
-) -> list[Detections]:
-    """The detections on this process's share of the images, with the model's labels."""
+    detector: _Detector,
+    data: DetectionData,
+    accelerator: Accelerator,
+    how: EvaluationOptions,
+    should_stop: Callable[[], bool],
+) -> _Share:
+    """The detections on this process's share of the images; the others are waiting, so that nothing is raised."""
+    share = _Share()
     loader = _make_loader(data, detector.image_processor, accelerator, how)
-    bar = tqdm(loader, desc="Evaluating", disable=not (how.progress and accelerator.is_main_process))
-    found: list[Detections] = []
-    with _prediction_mode(detector.model, single_thread=not how.batched_forward) as executor:
-        for batch in bar:
-            groups = _group_by_shape(batch) if how.batched_forward else [[image] for image in batch]
-            for detections in executor.map(detector.detect, groups):
-                found += detections
-    return found
+    show = how.progress and accelerator.is_main_process
+    try:
+        with (
+            iterating(loader) as batches,
+            _prediction_mode(detector.model, single_thread=not how.batched_forward) as executor,
+            tqdm(batches, desc="Evaluating", total=len(loader), disable=not show) as bar,
+        ):
+            for batch in bar:
+                share.left_out |= {item.image_id: item.reason for item in batch if isinstance(item, _Unreadable)}
+                images = [item for item in batch if isinstance(item, _Image)]
+                groups = _group_by_shape(images) if how.batched_forward else [[image] for image in images]
+                for detections in executor.map(detector.detect, groups):
+                    share.found += detections
+                if should_stop():
+                    raise InterruptedEvaluationError("The evaluation was asked to stop.")
+    except Exception as error:
+        if accelerator.num_processes == 1:
+            raise
+        share.problem = _picklable(error)
+    return share
+
+
+def _picklable(error: Exception) -> Exception:
+    """An error of the same kind and message; its own attributes, such as a traceback's tensors, stay here."""
+    for kind in (UnreadableImageError, UserError, FloatingPointError, InterruptedEvaluationError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _make_loader(
     data: DetectionData, image_processor: Any, accelerator: Accelerator, how: EvaluationOptions
 ) -> DataLoader:
     """Lists of processed images, this process's share of them."""
-    images = _ProcessedImages(data, image_processor)
+    images = _ProcessedImages(data, image_processor, how)
     if how.batched_forward:
         batches = same_size_batches(images.dataset.image_sizes, how.batch_size, dict(image_processor.size))
     else:
         order = list(range(len(images)))
         batches = [order[start : start + how.batch_size] for start in order[:: how.batch_size]]
-    return DataLoader(
-        images,
-        batch_sampler=batches[accelerator.process_index :: accelerator.num_processes],
-        collate_fn=list,
-        num_workers=how.num_workers,
-        generator=torch.Generator(),  # the global random state belongs to training
-    )
+    return make_loader(images, batches[accelerator.process_index :: accelerator.num_processes], list, how.num_workers)
 
 
 def _group_by_shape(batch: list[_Image]) -> list[list[_Image]]:
@@ -305,6 +370,7 @@ def _score(found: list[Detections], data: DetectionData, how: EvaluationOptions)
     metric = CocoDetectionMetric(
         data.label_names, max_detections=how.max_detections, area_boundaries=how.area_boundaries
     )
+    evaluated = {detections.image_id for detections in found}
     truth = data.dataset.with_format(None).select_columns(["image_id", "objects"])  # without decoding images
     references = [
         {
@@ -313,6 +379,7 @@ def _score(found: list[Detections], data: DetectionData, how: EvaluationOptions)
             **{key: row["objects"][key] for key in ("bbox", "area", "iscrowd")},
         }
         for row in truth
+        if row["image_id"] in evaluated
     ]
     metric.add_batch(
         predictions=[vars(detections) for detections in found],
@@ -340,5 +407,6 @@ def _listing(names) -> str:
     return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
-def _percent(value: float | None) -> str:
+def as_percent(value: float | None) -> str:
+    """A fraction of 1 in percent; a dash for `None` or -1, where there was nothing to find."""
     return "     -" if value is None or value < 0 else f"{100 * value:6.2f}"

@@ -13,6 +13,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data import DetectionData, load_detection_data
+from ..data.dataset import BAD_IMAGE_POLICIES
+from ..data.images import limit_pixels
 from ..errors import UserError
 from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
@@ -25,7 +27,7 @@ from .report import EvaluationReport
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WrittenEvaluation(EvaluationResult):
     """What an evaluation found, and the files that it is in.
 
@@ -120,6 +122,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_workers", type=int, default=2, help="Loading processes per process (%(default)s).")
     parser.add_argument("--max_samples", type=int, help="Evaluate the first images only.")
     parser.add_argument(
+        "--on_bad_image",
+        choices=BAD_IMAGE_POLICIES,
+        default="skip",
+        help="What becomes of images that are missing or cannot be read: they are left out, or the command ends.",
+    )
+    parser.add_argument(
+        "--max_image_pixels", type=int, help="Images of more pixels cannot be read (178956970 if not given)."
+    )
+    parser.add_argument(
         "--mixed_precision",
         choices=("auto", *PRECISIONS),
         default="auto",
@@ -198,7 +209,10 @@ def prepare_evaluation(
     if accelerator.is_main_process:
         logger.warning(f"Precision {precision.name}: {precision.reason}.")
     detector, image_processor = load_detector(model)
+    limit_pixels(how.max_image_pixels)
     data = load_detection_data(dataset, split, max_samples=max_samples)
+    if how.on_bad_image == "stop":
+        data.report.require_images()
     align_labels(detector.config.id2label, data.label_names)
     return EvaluationJob(
         model=detector,

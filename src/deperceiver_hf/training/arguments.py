@@ -12,6 +12,7 @@ from typing import Any, Literal
 from accelerate.utils import LoggerType
 from transformers import HfArgumentParser
 
+from ..data.dataset import BAD_IMAGE_POLICIES
 from ..data.transforms import AUGMENTATIONS
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
@@ -53,6 +54,18 @@ class DataOptions(Options):
         "Processes that load images, for each training process.", 2, at_least=0, resume_may_change=True
     )
     group_by_aspect_ratio: bool = option("Make batches of images that are all wide or all tall.", False)
+    on_bad_image: Literal[BAD_IMAGE_POLICIES] = option(  # type: ignore[valid-type]
+        "What becomes of images that are missing or cannot be read. skip: they are left out, those that break while "
+        "training are replaced by others, and the log says which; stop: the run ends.",
+        "skip",
+        resume_may_change=True,
+    )
+    max_image_pixels: int | None = option(
+        "Images of more pixels cannot be read: a small file may hold one that fills the memory; 178,956,970 if not "
+        "given.",
+        at_least=1,
+        resume_may_change=True,
+    )
     max_train_samples: int | None = option("Train on the first images only.", at_least=1)
     max_eval_samples: int | None = option("Evaluate on the first images only.", at_least=1, resume_may_change=True)
 

@@ -27,7 +27,7 @@ class TrainingJob:
         """Train.
 
         Raises:
-            FailedRunError: The loss or its gradient is not finite.
+            FailedRunError: Loss, gradient, model or predictions are not finite.
         """
         try:
             return self.trainer.train()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run computes where its options leave it to the machine: chosen at its start, and kept when it is resumed."""
 
-import json
 import os
 import statistics
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..machine import HALF_PRECISIONS, AttentionShape, choose_threads, fastest_attention
 from .arguments import TrainingOptions
-from .run_directory import STATE_FILE
+from .checkpoints import read_state
 
 logger = get_logger(__name__)
 
@@ -55,7 +54,7 @@ def choose_computation(
         state: Training state that the run goes on from.
     """
     if state is not None:
-        chosen = _recorded(state)
+        chosen = Computation(**read_state(state)["computation"])
     else:
         threads = choose_threads(accelerator.device)
         torch.set_num_threads(threads)
@@ -130,9 +129,3 @@ def attention_shape(options: TrainingOptions, config: PreTrainedConfig) -> Atten
         key_channels=channels + (POSITION_CHANNELS if getattr(config, "position_bias", False) else 0),
         value_channels=channels,
     )
-
-
-def _recorded(state: Path) -> Computation:
-    """What is in a training state; states of earlier versions left attention to transformers and threads to torch."""
-    content = json.loads((state / STATE_FILE).read_text(encoding="utf-8")).get("computation")
-    return Computation(**content) if content else Computation(None, torch.get_num_threads())

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..output_files import atomic_path
 from .arguments import TrainingOptions, make_parser
 
 SUFFIX = ".yaml"
@@ -123,7 +124,8 @@ def write_options(path: Path, options: TrainingOptions) -> None:
     """Write options as a recipe that repeats the run."""
     values = {name: value for name, value in vars(options).items() if value is not None and name not in OF_ONE_COMMAND}
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    path.write_text(f"# deperceiver train --recipe {path} --output_dir ANOTHER\n{text}", encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"# deperceiver train --recipe {path} --output_dir ANOTHER\n{text}", encoding="utf-8")
 
 
 def _as_arguments(name: str, key: str, value: Any) -> list[str]:

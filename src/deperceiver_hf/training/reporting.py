@@ -62,6 +62,8 @@ class TrainingResult:
         lines = [f"Trained {done}."]
         if self.best_ap is not None:
             lines.append(f"Best AP {100 * self.best_ap:.2f}: {self.best_model}")
+        elif self.metrics:
+            lines.append("No best model: there was no object to evaluate on, or none is kept.")
         return "\n".join([*lines, f"Last model: {self.last_model}"])
 
 
@@ -135,7 +137,7 @@ class TrainingLog:
 
     def _take_back(self, progress: TrainingProgress) -> None:
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # the line that was being written when the run was killed

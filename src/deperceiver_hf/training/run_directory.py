@@ -3,29 +3,33 @@
 
     output_dir/
         state-00000400-0003/    newest training state (after 400 steps, 3 epochs), to go on from as if never stopped
-            training_state.json     where the run is, and what must be the same when it is resumed
-            ...                     what accelerate saves: weights, optimizer, schedule, random states
+            training_state.json     where the run is, its schedule, and what must be the same when it is resumed
+            ...                     what accelerate saves: weights, optimizer, random states
         epoch-003-step-400/     one of the best models: weights, configuration, image processor, metrics.json
-        best -> epoch-003-step-400
+        best -> epoch-003-step-400    (a copy where there are no symbolic links)
         last/                   the model at the end of training, with the same files
         metrics.jsonl           one line for each log interval and each evaluation
         options.yaml            the options of the run, as a recipe that repeats it
         summary.json            written at the end
 
-A directory is written under a temporary name and renamed when it is complete, so that a kill at any moment leaves the
-previous one whole.
+A directory is written under a temporary name and renamed when it is complete, and renamed before it is deleted, so
+that a kill at any moment leaves every directory whole or under a name that the next start clears away.
 """
 
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+
+from ..output_files import is_temporary
 
 STATE_FILE = "training_state.json"  # in a training state
 METRICS_FILE = "metrics.json"  # in a model
 STATE_PATTERN = re.compile(r"state-(\d{8,})-(\d{4,})")
 MODEL_PATTERN = re.compile(r"epoch-(\d{3,})-step-(\d+)")
 TEMPORARY_SUFFIX = ".incomplete"
+DELETED_SUFFIX = ".deleted"
 
 
 class RunDirectory:
@@ -72,29 +76,59 @@ class RunDirectory:
         """Those of the best models that have not been removed."""
         return [path for path in self.path.iterdir() if MODEL_PATTERN.fullmatch(path.name)]
 
-    def clear(self, *, keep_run: bool) -> None:
-        """Make the directory and remove what a killed run left half-written, or all of an earlier run."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def clear(self) -> None:
+        """Remove all of an earlier run; files of others stay."""
         for entry in self.path.iterdir():
-            if entry.name.endswith(TEMPORARY_SUFFIX) or (self._is_ours(entry) and not keep_run):
-                _remove(entry)
+            if self._is_ours(entry):
+                remove(entry)
+
+    def clear_leftovers(self, models: Collection[str], state: Path) -> None:
+        """Remove what a run left that was killed while it was writing or deleting, after its newest state.
+
+        Args:
+            models: Names of those of the best models that the state knows.
+            state: The newest training state, which the run goes on from.
+        """
+        for entry in self.path.iterdir():
+            older_state = STATE_PATTERN.fullmatch(entry.name) and entry != state
+            other_model = MODEL_PATTERN.fullmatch(entry.name) and entry.name not in models
+            if older_state or other_model or self._is_half_written(entry) or (entry == self.best and not models):
+                remove(entry)
 
     def remove_states(self) -> None:
         """Delete all complete training states: the run cannot be resumed any more."""
         for state in self.states():
-            _remove(state)
+            remove(state)
 
     def point_best_to(self, model: str) -> None:
-        """Make `best` a symbolic link to its sibling `model`, replacing an earlier one in one move."""
+        """Make `best` a symbolic link to its sibling `model`, or a copy where links are not possible."""
         temporary = temporary_path(self.best)
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(model, target_is_directory=True)
+        if temporary.is_symlink() or temporary.exists():
+            remove(temporary)
+        try:
+            temporary.symlink_to(model, target_is_directory=True)
+        except OSError:  # exFAT, network disks, Windows without the right
+            shutil.copytree(self.path / model, temporary, copy_function=_link_or_copy)
+        if self.best.is_dir() and not (self.best.is_symlink() and temporary.is_symlink()):
+            remove(self.best)
         os.replace(temporary, self.best)
+
+    def best_is(self, model: str) -> bool:
+        """Whether `best` is the one of the best models that is called `model`."""
+        metrics = [directory / METRICS_FILE for directory in (self.best, self.path / model)]
+        if self.best.is_symlink() or not all(path.is_file() for path in metrics):
+            return self.best.is_symlink() and os.readlink(self.best) == model
+        return metrics[0].read_bytes() == metrics[1].read_bytes()
+
+    def _is_half_written(self, path: Path) -> bool:
+        unfinished = path.name.endswith((TEMPORARY_SUFFIX, DELETED_SUFFIX))
+        return unfinished or any(is_temporary(path, of=file) for file in (self.log, self.options, self.summary))
 
     def _is_ours(self, path: Path) -> bool:
         patterns = (STATE_PATTERN, MODEL_PATTERN)
         named = (self.log, self.options, self.summary, self.best, self.last)
-        return path in named or any(pattern.fullmatch(path.name) for pattern in patterns)
+        matches = any(pattern.fullmatch(path.name) for pattern in patterns)
+        return path in named or matches or self._is_half_written(path)
 
 
 def is_state(directory: Path) -> bool:
@@ -107,9 +141,21 @@ def temporary_path(target: Path) -> Path:
     return target.with_name(target.name + TEMPORARY_SUFFIX)
 
 
-def _remove(path: Path) -> None:
-    """Delete a file, a link or a whole directory."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole directory, which is out of the way before it is half-deleted."""
+    if path.is_symlink() or not path.is_dir():
         path.unlink()
+        return
+    if not path.name.endswith((TEMPORARY_SUFFIX, DELETED_SUFFIX)):
+        doomed = path.with_name(path.name + DELETED_SUFFIX)
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        path = path.rename(doomed)
+    shutil.rmtree(path)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

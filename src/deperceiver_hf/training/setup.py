@@ -26,6 +26,7 @@ from ..data import (
     make_train_transforms,
     require_same_labels,
 )
+from ..data.images import limit_pixels
 from ..data.sampling import make_loader
 from ..errors import UserError
 from ..machine import choose_precision, find_device, make_accelerator
@@ -65,6 +66,7 @@ class TrainingData:
             ValueError: They have other classes, or fewer images than a batch.
             OSError: They cannot be read.
         """
+        limit_pixels(options.max_image_pixels)
         load_split = partial(load_detection_data, options.dataset)
         train = main_process_first(
             accelerator, partial(load_split, options.train_split, max_samples=options.max_train_samples)
@@ -86,7 +88,17 @@ class TrainingData:
         transforms = make_train_transforms(
             options.augmentation, size.shortest_edge, size.longest_edge, image_processor.resample
         )
-        dataset = DetectionDataset(train, transforms, seed=options.seed, cache_images=options.cache_images)
+        if options.on_bad_image == "stop":
+            for data in filter(None, (train, evaluation)):
+                data.report.require_images()
+        dataset = DetectionDataset(
+            train,
+            transforms,
+            seed=options.seed,
+            cache_images=options.cache_images,
+            on_bad_image=options.on_bad_image,
+            max_image_pixels=options.max_image_pixels,
+        )
         sampler = TrainingBatchSampler(
             dataset,
             options.batch_size,

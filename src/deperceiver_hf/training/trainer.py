@@ -14,9 +14,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
 from tqdm.auto import tqdm
 
+from ..data.sampling import iterating
 from ..evaluation.coco_metric import areas_of_sizes
-from ..evaluation.evaluator import evaluate_detector
-from ..output_files import write_json
+from ..evaluation.evaluator import InterruptedEvaluationError, as_percent, evaluate_detector
+from ..output_files import require_writable_directory, write_json
 from .arguments import TrainingOptions
 from .building import build_model
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
@@ -35,7 +36,7 @@ STEPS_OF_ESTIMATE = 20  # of a process, before it says how long the run will tak
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss or its gradient is infinite or not a number; the message names step and terms."""
+    """The loss, its gradient, the model or what it predicts is not finite; the message names step and terms."""
 
 
 class DetectionTrainer:
@@ -55,7 +56,7 @@ class DetectionTrainer:
         self.options = options
         self.run_directory = RunDirectory(options.directory)
         self.accelerator = create_accelerator(options)
-        self.state = main_process_first(self.accelerator, lambda: find_resumed_state(options, self.run_directory))
+        self.state = main_process_first(self.accelerator, self._find_state)
         self.data = TrainingData.load(options, self.accelerator)
         self.schedule = RunSchedule(options, batches_per_epoch=len(self.data.sampler))
         self._time_used = 0.0  # of `max_minutes`, agreed on by all processes in every step
@@ -69,6 +70,11 @@ class DetectionTrainer:
         self._timed_steps: list[float] = []  # seconds of training after each of the first steps of this process
 
     # Set-up
+
+    def _find_state(self) -> Path | None:
+        state = find_resumed_state(self.options, self.run_directory)
+        require_writable_directory(self.run_directory.path)
+        return state
 
     def _set_up_model(self) -> None:
         """Make the model, its optimizer and the schedule of its learning rate."""
@@ -92,20 +98,31 @@ class DetectionTrainer:
         with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # The schedule is not prepared: accelerate would step it once for each process.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # Not prepared: accelerate would step the schedule once for each process.
-        self.accelerator.register_for_checkpointing(self.scheduler)
 
     def _begin_or_resume(self) -> None:
         """Restore the state that the run goes on from, if there is one, and make the output directory ready."""
         self.progress, resumed_from = TrainingProgress(), None
         if self.state is not None:
-            self.progress = resumed_from = load_state(self.accelerator, self.state, self._fingerprint)
+            loaded = load_state(self.accelerator, self.state, self.scheduler, self._fingerprint)
+            self.progress = resumed_from = loaded
+            self.data.dataset.leave_out(loaded.unreadable)
             logger.info(f"Resumed from {self.state} after {self.progress.step} steps.")
         if self.accelerator.is_main_process:
-            self.run_directory.clear(keep_run=self.options.resume is not None)
+            self._clear_directory()
             write_options(self.run_directory.options, self.options)
         self.log = TrainingLog(self.accelerator, self.run_directory.log, resumed_from)
+
+    def _clear_directory(self) -> None:
+        """Of an earlier run nothing is left; of a killed one, what its newest state knows."""
+        directory, best = self.run_directory, self.progress.best
+        if self.state is None:
+            directory.clear()
+        elif self.state in directory.states()[-1:]:
+            directory.clear_leftovers({model.path for model in best}, self.state)
+            if best and not directory.best_is(best[0].path):
+                directory.point_best_to(best[0].path)
 
     # The run
 
@@ -122,13 +139,12 @@ class DetectionTrainer:
         interrupted = False
         with self.stop_request:
             while not interrupted and not self.schedule.run_is_over(self.progress):
-                interrupted = self._train_interval()
-                if interrupted:
-                    self._save_state()
-                else:
-                    self._end_interval()
+                interrupted = self._train_interval() or self._end_interval()
+            if interrupted:
+                self._save_state()
         last = self.run_directory.last
         if not interrupted:
+            self._require_finite()
             save_model(self.accelerator, last, self._save_model, self.progress.last_metrics)
         result = self._result(interrupted, None if interrupted else str(last))
         if self.accelerator.is_main_process and not interrupted:
@@ -152,18 +168,18 @@ class DetectionTrainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         self._clock = time.perf_counter()
-        batches = iter(loader)
         self.model.train()
         # A run that ends by the clock does not know its last step: its bar is that of the epoch.
         by_clock = options.max_minutes is not None
         first_step = progress.epoch * schedule.steps_per_epoch if by_clock else 0
         last_step = first_step + schedule.steps_per_epoch if by_clock else schedule.total_steps
-        with tqdm(
+        bar = tqdm(
             desc=f"Epoch {progress.epoch + 1}/{options.epochs}",
             initial=progress.step - first_step,
             total=min(last_step, schedule.total_steps) - first_step,
             disable=not self.accelerator.is_main_process,
-        ) as bar:
+        )
+        with bar, iterating(loader) as batches:
             while not schedule.interval_is_over(progress):
                 rates = learning_rates(self.optimizer)
                 count = schedule.batches_of_next_step(progress)
@@ -182,17 +198,23 @@ class DetectionTrainer:
                     return True
         return False
 
-    def _end_interval(self) -> None:
-        """Evaluate and save the state, each if due."""
+    def _end_interval(self) -> bool:
+        """Evaluate and save the state, each if due; `True` if a request to stop came before the evaluation's end."""
         progress = self.progress
+        before = progress.epoch, progress.batches
         if self.schedule.epoch_is_over(progress):
             progress.epoch, progress.batches = progress.epoch + 1, 0
         if self.data.evaluation is not None and self.schedule.evaluation_is_due(progress):
-            self._evaluate()
+            try:
+                self._evaluate()
+            except InterruptedEvaluationError:  # the resumed run evaluates first
+                progress.epoch, progress.batches = before
+                return True
         progress.closed_step = progress.step
         if self.schedule.state_is_due(progress):
             self._save_state()
             self.best_models.remove_others(progress)
+        return False
 
     # A step
 
@@ -204,7 +226,9 @@ class DetectionTrainer:
         stop = False
         self.optimizer.zero_grad()
         for index in range(count):
-            batch = send_to_device(next(batches), self.accelerator.device, non_blocking=True)
+            batch = next(batches)
+            self._note_unreadable(batch.pop("unreadable"))
+            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             # Gradients are averaged over processes once, in the backward pass of the last batch.
             with nullcontext() if index == count - 1 else self.accelerator.no_sync(self.model):
                 loss, terms, problem = self._loss(batch)
@@ -217,6 +241,13 @@ class DetectionTrainer:
         self.optimizer.step()
         self.scheduler.step()
         return stop
+
+    def _note_unreadable(self, images: dict[int, str]) -> None:
+        """Say once of an image that it cannot be read, and leave it out from here on, in a resumed run too."""
+        for index, reason in images.items():
+            if index not in self.progress.unreadable:
+                self.progress.unreadable.append(index)
+                logger.warning(f"{reason} Another one takes its place.", main_process_only=False)
 
     def _loss(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], str]:
         """Loss, its terms, and what is wrong with the predictions, if they are too broken to have a loss."""
@@ -291,31 +322,55 @@ class DetectionTrainer:
         progress, options = self.progress, self.options
         for buffer in self.model.buffers():  # batch norm statistics of the main process, whose model is saved
             broadcast(buffer)
-        result = evaluate_detector(
-            self.model,
-            self.data.image_processor,
-            self.data.require_evaluation(),
-            accelerator=self.accelerator,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            area_boundaries=areas_of_sizes(options.size_boundaries),
-        )
+        self._require_finite()
+        try:
+            result = evaluate_detector(
+                self.model,
+                self.data.image_processor,
+                self.data.require_evaluation(),
+                accelerator=self.accelerator,
+                should_stop=lambda: self.stop_request.requested,
+                batch_size=options.batch_size,
+                num_workers=options.num_workers,
+                on_bad_image=options.on_bad_image,
+                area_boundaries=areas_of_sizes(options.size_boundaries),
+            )
+        except FloatingPointError as error:
+            raise NonFiniteLossError(f"in the evaluation after step {progress.step}: {error}") from error
         progress.last_metrics = dict(result.metrics)
         epochs_done = self.schedule.epochs_done(progress)
         self.log.write_evaluation(progress, epochs_done, result.metrics)
-        logger.info(f"Epoch {epochs_done:g}: AP {100 * result.metrics['ap']:.2f}")
+        logger.info(f"Epoch {epochs_done:g}: AP {as_percent(result.metrics['ap']).strip()}")
         epoch = progress.epoch + bool(progress.batches)  # one that is under way counts
         self.best_models.offer(progress, epoch, result.metrics, self._save_model)
 
-    def _save_state(self) -> None:
-        if self._grad_norm is not None and self.accelerator.scaler is None and not self._grad_norm.isfinite():
+    def _require_finite(self) -> None:
+        """Refuse to evaluate or save a model, or the state of its optimizer, that is not finite; on all processes."""
+        tensors: dict[str, Any] = {}
+        if self._grad_norm is not None and self.accelerator.scaler is None:  # a GradScaler skips such steps itself
+            tensors["the norm of the gradient"] = self._grad_norm
+        tensors |= {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for number, state in enumerate(self.optimizer.state.values()):
+            tensors |= {f"{name} of the optimizer ({number})": value for name, value in state.items()}
+        tensors = {name: t.detach() for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()}
+        finite = torch.stack([tensor.isfinite().all().to(self.accelerator.device) for tensor in tensors.values()])
+        if self.accelerator.reduce((~finite).float(), reduction="sum").any():
+            broken = [name for name, fine in zip(tensors, finite.tolist(), strict=True) if not fine]
+            broken = broken or ["what another process has"]
             raise NonFiniteLossError(
-                f"the gradient is not finite at step {self.progress.step}; the state before it has been kept."
+                f"the training is not finite at step {self.progress.step}: {', '.join(broken[:3])}"
+                f"{f' and {len(broken) - 3} others' if len(broken) > 3 else ''}. Nothing was saved of it, the state "
+                "before it has been kept. A lower --lr, more --warmup_steps or --mixed_precision bf16 or no may help."
             )
+
+    def _save_state(self) -> None:
+        self._require_finite()
+        self.progress.unreadable = sorted(set(gather_object(self.progress.unreadable)))
         self.state = save_state(
             self.accelerator,
             self.run_directory,
             self.progress,
+            self.scheduler,
             self._fingerprint,
             dataclasses.replace(self.computation, threads=self.threads.threads).to_dict(),
         )
