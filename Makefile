@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-heavy lint format clean
 
 # Trains 1,500 steps on synthetic scenes, evaluates, detects. After Ctrl-C a second run goes on; then it keeps the model.
 demo: $(INSTALLED)
@@ -13,6 +13,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-heavy: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m heavy
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -177,8 +177,11 @@ def _damaged(state: Path, reason: str) -> UserError:
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_resumed_state(options: TrainingOptions, run_directory: RunDirectory) -> Path | None:
