@@ -106,7 +106,8 @@ def main() -> int:
     torch.set_num_threads(1)
 
     work = arguments.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     straight, interrupted = work / "straight", work / "interrupted"
     if in_child(killed_run, -1, straight) != 0:
         raise SystemExit("the uninterrupted run failed")

@@ -1,6 +1,8 @@
 """The rooms of the package: what may import what."""
 
 import ast
+import importlib
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -89,3 +91,19 @@ def test_the_top_of_the_package_fits_one_look():
     assert modules | packages | {"__init__", "__main__"} == FLOOR_OF.keys()
     assert len(modules) <= 10
     assert len(packages) <= 8
+
+
+def test_modules_of_version_0_2_are_found_by_their_names_with_a_warning():
+    with pytest.warns(FutureWarning, match=r"evaluation_job is deperceiver_hf\.evaluation\.job now"):
+        from deperceiver_hf.evaluation_job import prepare_evaluation
+    from deperceiver_hf.evaluation import job
+
+    assert prepare_evaluation is job.prepare_evaluation
+    for old in deperceiver_hf._MOVED:
+        sys.modules.pop(f"deperceiver_hf.{old}", None)
+        with pytest.warns(FutureWarning, match=old):
+            module = importlib.import_module(f"deperceiver_hf.{old}")
+        with pytest.raises(AttributeError):
+            _ = module.nothing
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("deperceiver_hf.nothing")

@@ -4,6 +4,14 @@
 Importing the package registers its classes with transformers' Auto classes and with `pipeline("object-detection")`.
 """
 
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 
 from .backbone_weights import backbone_preprocessing, create_model
@@ -37,6 +45,55 @@ for _config, _model, _detector, _processor in (
     _detector.register_for_auto_class("AutoModelForObjectDetection")
     for _processor_class in _processor.backend_classes().values():
         _processor_class.register_for_auto_class("AutoImageProcessor")
+
+_MOVED = {  # modules of version 0.2, and where what was in them is now
+    **{
+        f"{name}_deperceiver": "models" for name in ("configuration", "image_processing", "modeling", "loss", "layers")
+    },
+    **{
+        f"{name}_deperceiver_v2": "models"
+        for name in ("configuration", "image_processing", "modeling", "loss", "layers")
+    },
+    **{name: "models" for name in ("denoising_deperceiver_v2", "tokens_deperceiver_v2")},
+    "benchmark": "benchmarks.timing",
+    "coco_metric": "evaluation.coco_metric",
+    "conversion_job": "conversion.job",
+    "convert_original": "conversion.original_checkpoint",
+    "cost": "benchmarks.cost",
+    "data.context": "data.synthetic.context",
+    "data.loading": "data.dataset",
+    "data.shapes": "data.synthetic.shapes",
+    "evaluation_job": "evaluation.job",
+    "scaling": "benchmarks.scaling",
+    "training.batches": "data.sampling",
+    "variants": "benchmarks.variants",
+}
+
+
+class _MovedModules:
+    """Finds and loads the modules of version 0.2 by their old names, with a warning that says the new one."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, module = name.partition(".")
+        if package != __name__ or module not in _MOVED:
+            return None
+        return importlib.util.spec_from_loader(name, _MovedModules)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        old = module.__name__.partition(".")[2]
+        new = f"{__name__}.{_MOVED[old]}" + (f".{old}" if _MOVED[old] == "models" else "")
+        warnings.warn(f"{module.__name__} is {new} now.", FutureWarning, stacklevel=2)
+        moved = importlib.import_module(new)
+        module.__getattr__ = lambda attribute: getattr(moved, attribute)  # type: ignore[method-assign]
+
+
+sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]
 
 __all__ = [
     "DePerceiverConfig",

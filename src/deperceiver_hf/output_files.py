@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PROBE = "probe"  # a file that is made and removed at once
+
 
 def require_writable_file(path: str | os.PathLike) -> Path:
     """Make the directory of a file that is to be written later.
@@ -32,7 +34,7 @@ def require_writable_directory(path: str | os.PathLike) -> Path:
         OSError: it cannot be made or written to.
     """
     path = Path(path)
-    probe = path / f".{os.getpid()}.probe"
+    probe = path / f".{os.getpid()}.{PROBE}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()

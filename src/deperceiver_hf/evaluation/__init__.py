@@ -1,2 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO scores of a detector: the metric, the passes over a data set, and the job behind `evaluate`."""
+"""How good a detector is: the COCO numbers of any object detection model of transformers."""
+
+from .coco_metric import CocoDetectionMetric
+from .evaluator import EvaluationResult, InterruptedEvaluationError, align_labels, evaluate_detector
+from .report import EvaluationReport
+
+__all__ = [
+    "CocoDetectionMetric",
+    "EvaluationReport",
+    "EvaluationResult",
+    "InterruptedEvaluationError",
+    "align_labels",
+    "evaluate_detector",
+]

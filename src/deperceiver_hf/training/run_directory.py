@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from ..output_files import is_temporary
+from ..output_files import PROBE, is_temporary
 
 STATE_FILE = "training_state.json"  # in a training state
 METRICS_FILE = "metrics.json"  # in a model
@@ -121,8 +121,9 @@ class RunDirectory:
         return metrics[0].read_bytes() == metrics[1].read_bytes()
 
     def _is_half_written(self, path: Path) -> bool:
+        files = (self.log, self.options, self.summary, self.path / PROBE)
         unfinished = path.name.endswith((TEMPORARY_SUFFIX, DELETED_SUFFIX))
-        return unfinished or any(is_temporary(path, of=file) for file in (self.log, self.options, self.summary))
+        return unfinished or any(is_temporary(path, of=file) for file in files)
 
     def _is_ours(self, path: Path) -> bool:
         patterns = (STATE_PATTERN, MODEL_PATTERN)
