@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2 import functional as tv_functional
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -23,6 +23,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
+
+from .pixels_deperceiver import to_pixels, to_rgb
 
 
 class DePerceiverImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -73,8 +75,9 @@ class DetectionProcessingMixin(Backend):
 
         Args:
             images: one image or a list of them: PIL images, numpy arrays or tensors (`(H, W)`, `(H, W, C)` or
-                `(C, H, W)`, values 0 to 255), 4-D batches of such, paths or URLs. An EXIF orientation of a PIL image
-                or a file is applied first, so that "the image" below is what a viewer shows. Transparency is dropped.
+                `(C, H, W)`), 4-D batches of such, paths or URLs. An EXIF orientation of a PIL image or a file is
+                applied first, so that "the image" below is what a viewer shows. Transparency is dropped. 8, 16 and 32
+                bit integers and floats in [0, 1] or [0, 255] give the same tensor, see `to_pixels`.
             annotations: one dictionary per image, `{"image_id": int, "annotations": [{"bbox": [x, y, width, height],
                 "category_id": int, "area": float, "iscrowd": int}, ...]}`. `bbox` is in pixels of the image given,
                 `category_id` is the label 0 to `num_labels - 1`; `area` (default: the box's) and `iscrowd`
@@ -105,22 +108,26 @@ class DetectionProcessingMixin(Backend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One image as a tensor `(C, H, W)`, in memory as it came; `C` is 3 with `do_convert_rgb`."""
+        """One image as a tensor `(C, H, W)`; `C` is 3 with `do_convert_rgb`, and values are 0 to 255 where they are to
+        be scaled by 1/255, whatever the range of the numbers given, see `to_pixels`."""
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-            image = image.convert("RGB") if do_convert_rgb else image
+            image = to_rgb(image) if do_convert_rgb else image
             input_data_format = ChannelDimension.LAST
         if not isinstance(image, torch.Tensor):
             # A copy in C order: torch refuses negative strides (`image[..., ::-1]`) and warns of read-only memory.
             image = np.array(image, order="C")
-            if image.dtype.kind not in "uif":
+            if image.dtype.kind not in "buif":
                 raise ValueError(
                     f"Cannot make an image of an array of {image.dtype}; give PIL images, arrays or tensors of "
                     "numbers, paths or URLs."
                 )
-            image = torch.from_numpy(image)
+            image = torch.from_numpy(image.astype(image.dtype.newbyteorder("=")))
+        if do_rescale and rescale_factor == 1 / 255:  # otherwise the caller says what the range is
+            image = to_pixels(image)
         if image.ndim not in (2, 3) or image.numel() == 0:
             raise ValueError(
                 f"Got an image of shape {tuple(image.shape)}; expected (H, W), (H, W, C) or (C, H, W), all at least 1."
@@ -153,7 +160,7 @@ class DetectionProcessingMixin(Backend):
         if isinstance(images, list | tuple):
             return [image for entry in images for image in self._prepare_images_structure(entry)]
         if isinstance(images, str | Path):
-            return [load_image(str(images))]
+            return [_open(str(images))]
         return list(images) if getattr(images, "ndim", None) == 4 else [images]
 
     def _validate_preprocess_kwargs(
@@ -404,6 +411,14 @@ def coco_to_target(
         "size": np.array(resized_size, dtype=np.int64),
     }
     return {name: torch.from_numpy(value).to(device) for name, value in target.items()}
+
+
+def _open(source: str) -> Image.Image:
+    """The picture in a file or at a URL; transformers, which would clip 16 bit pictures, opens URLs only."""
+    if "://" in source or source.startswith("data:"):
+        return load_image(source)
+    with Image.open(source) as opened:
+        return to_rgb(opened)
 
 
 def _integer(value: Any, name: str) -> int:
