@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data import DetectionData, load_detection_data
+from ..data.classes import align_labels
 from ..data.dataset import BAD_IMAGE_POLICIES
 from ..data.images import limit_pixels
 from ..errors import UserError
@@ -20,7 +21,7 @@ from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
 from ..saved_models import load_detector, require_model_source
 from .coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
-from .evaluator import EvaluationResult, align_labels, evaluate_detector
+from .evaluator import EvaluationResult, evaluate_detector
 from .options import EvaluationOptions
 from .report import EvaluationReport
 

@@ -85,8 +85,11 @@ class TrainingData:
                 f"standard deviation {image_processor.image_std}."
             )
         size = image_processor.size
+        edges = {"shortest_edge": size.shortest_edge, "longest_edge": size.longest_edge}
         transforms = make_train_transforms(
-            options.augmentation, size.shortest_edge, size.longest_edge, image_processor.resample
+            options.augmentation,
+            resample=image_processor.resample,
+            **(edges if size.shortest_edge else {"other_size": size}),
         )
         if options.on_bad_image == "stop":
             for data in filter(None, (train, evaluation)):
