@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classes are their names: in matching two sides, and in the heads of a saved model that is trained on."""
 
+import json
 import logging
 
 import pytest
 import torch
+from PIL import Image
 from transformers.utils import logging as transformers_logging
 
-from deperceiver_hf.data.classes import align_labels, match_classes, repair_labels
+from deperceiver_hf.data import load_detection_data
+from deperceiver_hf.data.classes import align_labels, match_classes, repair_labels, with_labels_of
 from deperceiver_hf.errors import UserError
 from deperceiver_hf.training import build_image_processor, build_model
 from training_runs import TINY_ARCHITECTURES, tiny_options
@@ -125,3 +128,49 @@ def test_new_rows_are_those_of_the_seed(tmp_path):
         torch.manual_seed(3)
         models.append(build_model(options, ["red", "green"]).state_dict())
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def coco(root, categories, category_of_box) -> object:
+    """One image with a box of each category named, loaded."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "val").mkdir()
+    Image.new("RGB", (40, 30)).save(root / "val" / "1.png")
+    boxes = [
+        {
+            "id": place + 1,
+            "image_id": 1,
+            "category_id": category,
+            "bbox": [place, 2, 10, 10],
+            "area": 100,
+            "iscrowd": 0,
+        }
+        for place, category in enumerate(category_of_box)
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}],
+        "annotations": boxes,
+        "categories": [{"id": number, "name": name} for number, name in categories.items()],
+    }
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(content), encoding="utf-8")
+    return load_detection_data(str(root), "val")
+
+
+def test_splits_that_list_their_classes_differently_are_matched_by_name(tmp_path):
+    train = coco(tmp_path / "a", {1: "cat", 2: "dog", 3: "cow"}, [1, 2, 3])
+    other = coco(tmp_path / "b", {5: "dog", 9: "Cat"}, [5, 9, 9])
+    aligned = with_labels_of(train, other)
+    assert aligned.label_names == ["cat", "dog", "cow"]
+    assert aligned.category_ids == [9, 5, 3]
+    (row,) = aligned.dataset.with_format(None).select_columns("objects")
+    assert row["objects"]["category"] == [1, 0, 0]
+    assert [box[0] for box in row["objects"]["bbox"]] == [0, 1, 2]
+    assert aligned.dataset[0]["image"].size == (40, 30)
+    assert with_labels_of(train, train) is train
+
+
+def test_objects_of_a_class_that_training_does_not_know_are_refused(tmp_path):
+    train = coco(tmp_path / "a", {1: "cat", 2: "dog"}, [1, 2])
+    with pytest.raises(UserError, match=r"does not have: bird \(2 objects\)"):
+        with_labels_of(train, coco(tmp_path / "b", {1: "cat", 7: "bird"}, [1, 7, 7]))
+    unused = coco(tmp_path / "c", {1: "cat", 7: "bird"}, [1])
+    assert with_labels_of(train, unused).label_names == ["cat", "dog"]

@@ -6,13 +6,15 @@ two splits. Classes are their names; labels and category ids are places, which d
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
+from datasets import Dataset, Features, concatenate_datasets
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..errors import UserError
-from .records import is_main_process
+from .records import DetectionData, is_main_process
 
 logger = logging.get_logger(__name__)
 
@@ -89,6 +91,40 @@ def align_labels(id2label: Mapping[int, str], label_names: Sequence[str]) -> np.
     if unknown := [name for label, name in enumerate(label_names) if label not in matched]:
         _warn_once(f"{len(unknown)} classes of the data are not among the model's: {listing(unknown)}.")
     return table
+
+
+def with_labels_of(reference: DetectionData, data: DetectionData) -> DetectionData:
+    """The data with the labels of other data, so that the same label means the same class in both.
+
+    Classes belong together by name; their order and their category ids may differ, and `data` need not have all. The
+    category ids of classes that `data` has stay its own.
+
+    Raises:
+        ValueError: `data` has objects of a class that the reference does not know, or it is not clear which is which.
+    """
+    if data.label_names == reference.label_names:
+        return data
+    places = match_classes(data.label_names, reference.label_names)
+    rows = data.dataset.with_format(None).select_columns("objects")
+    objects: list[dict] = [row["objects"] for row in rows]
+    counts = Counter(label for entry in objects for label in entry["category"])
+    unknown = {data.label_names[label]: counts[label] for label, place in enumerate(places) if place is None}
+    if found := {name: count for name, count in unknown.items() if count}:
+        described = listing(f"{name} ({count} objects)" for name, count in found.items())
+        raise UserError(
+            f"{data.report.source} has classes that {reference.report.source} does not have: {described}. The classes "
+            f"there are {listing(reference.label_names)}. Give the classes the same names in both, or leave these out."
+        )
+    _warn_once(f"{data.report.source} lists its classes in another way than {reference.report.source}; names decide.")
+    for entry in objects:
+        entry["category"] = [places[label] for label in entry["category"]]
+    column = Dataset.from_dict({"objects": objects}, features=Features({"objects": data.dataset.features["objects"]}))
+    dataset = concatenate_datasets([data.dataset.remove_columns("objects"), column], axis=1)
+    category_ids = list(reference.category_ids)
+    for category_id, place in zip(data.category_ids, places, strict=True):
+        if place is not None:
+            category_ids[place] = category_id
+    return replace(data, dataset=dataset, label_names=list(reference.label_names), category_ids=category_ids)
 
 
 def repair_labels(config: PreTrainedConfig, source: str) -> None:

@@ -149,23 +149,6 @@ class DetectionData:
         return dict(enumerate(self.label_names))
 
 
-def require_same_labels(reference: DetectionData, *others: DetectionData) -> None:
-    """Refuse data sets whose labels mean something else than the reference's.
-
-    Raises:
-        ValueError: names or category ids differ.
-    """
-    for other in others:
-        if (other.label_names, other.category_ids) != (reference.label_names, reference.category_ids):
-            mine, theirs = (dict(zip(d.category_ids, d.label_names, strict=True)) for d in (reference, other))
-            differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            raise UserError(
-                f"The categories of {reference.report.source} and {other.report.source} differ, so their labels "
-                f"cannot be compared. Category ids that differ: {differing[:10]}; e.g. {differing[0]} is "
-                f"{mine.get(differing[0])!r} in the first and {theirs.get(differing[0])!r} in the second."
-            )
-
-
 def split_aliases(split: str) -> tuple[str, ...]:
     """Names under which a split may be stored, the one asked for first: `val -> (val, validation, valid, dev)`."""
     for names in SPLIT_NAMES.values():

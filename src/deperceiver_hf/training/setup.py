@@ -24,8 +24,8 @@ from ..data import (
     is_synthetic,
     load_detection_data,
     make_train_transforms,
-    require_same_labels,
 )
+from ..data.classes import with_labels_of
 from ..data.images import limit_pixels
 from ..data.sampling import make_loader
 from ..errors import UserError
@@ -76,7 +76,7 @@ class TrainingData:
             evaluation = main_process_first(
                 accelerator, partial(load_split, options.eval_split, max_samples=options.max_eval_samples)
             )
-            require_same_labels(train, evaluation)
+            evaluation = with_labels_of(train, evaluation)
         image_processor = build_image_processor(options)
         unusual = _unusual_preprocessing(options, image_processor)
         if unusual.keys() & {"image_mean", "image_std"}:
