@@ -49,6 +49,7 @@ V1_PROCESSOR_FILES = {
     "preprocessor_config.json",
     "image_processing_deperceiver.py",
     "detection_processing_deperceiver.py",
+    "pixels_deperceiver.py",
 }
 
 

@@ -5,14 +5,20 @@ Training data, evaluation, prediction and the image processors all go through he
 the same tensor by every road.
 """
 
+import base64
+import contextlib
+import io
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")  # below the library's, whose handlers and verbosity hold
 
 _ORIENTATION = 0x0112  # the tag of EXIF
 _ORIENTATION_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # of `PIL.Image.Image.info`
@@ -31,6 +37,21 @@ _EXPECTED = (
     "Expected integers of 8, 16 or 32 bits from 0, or floats in [0, 1] or [0, 255]; for an image that is normalised "
     "already say do_rescale=False and do_normalize=False."
 )
+
+
+def open_rgb_picture(source: str | os.PathLike, timeout: float | None = None) -> Image.Image:
+    """The picture of a file, of an `http(s)://` URL or of base64 (with or without `data:image/...`) as `to_rgb` gives
+    it, for which transformers' `load_image` is no substitute: it clips what has more than 8 bits.
+
+    Raises:
+        ValueError: it cannot be read; says why.
+    """
+    shown = os.fspath(source) if len(os.fspath(source)) <= 200 else f"{os.fspath(source)[:200]}..."
+    try:
+        with Image.open(_readable(source, timeout)) as opened:
+            return to_rgb(opened)
+    except Exception as error:  # each decoder has its own
+        raise ValueError(f"Cannot read an image from {shown}: {type(error).__name__}: {error}") from error
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -122,6 +143,20 @@ def to_uint8(values: torch.Tensor) -> torch.Tensor:
     if values.is_complex():
         raise ValueError(f"Cannot make an image of {values.dtype}. {_EXPECTED}")
     return _floats_to_uint8(values) if values.is_floating_point() else _integers_to_uint8(values)
+
+
+def _readable(source: str | os.PathLike, timeout: float | None) -> Path | io.BytesIO:
+    """What Pillow can open."""
+    name = os.fspath(source)
+    if name.startswith(("http://", "https://")):
+        response = get_session().get(name, timeout=timeout, follow_redirects=True)
+        return io.BytesIO(response.raise_for_status().content)
+    if name.startswith("data:image/"):
+        return io.BytesIO(base64.b64decode(name.partition(",")[2]))
+    if isinstance(source, str) and not os.path.exists(os.path.expanduser(name)):
+        with contextlib.suppress(ValueError):  # a path of no file, the full stop in which is no base64
+            return io.BytesIO(base64.b64decode(name.replace("\n", ""), validate=True))
+    return Path(name).expanduser()
 
 
 def _integers_to_uint8(values: torch.Tensor) -> torch.Tensor:
