@@ -257,11 +257,27 @@ class PilProcessingMixin(DetectionProcessingMixin):
         return super().process_image(image, **kwargs).cpu().numpy()
 
 
+def require_finite(logits: torch.Tensor, pred_boxes: torch.Tensor) -> None:
+    """Refuse predictions from which no detections can be made; a logit of minus infinity is a class ruled out.
+
+    Raises:
+        FloatingPointError: some are not finite.
+    """
+    finite = torch.stack([(logits < math.inf).all(), pred_boxes.isfinite().all()]).tolist()  # NaN is not less either
+    wrong = [name for name, good in zip(("logits", "pred_boxes"), finite, strict=True) if not good]
+    if wrong:
+        raise FloatingPointError(
+            f"The model predicts numbers that are not finite ({', '.join(wrong)}): its weights are damaged, its "
+            "training has diverged or its precision is too low. Use another checkpoint, or float32."
+        )
+
+
 def boxes_in_pixels(
-    pred_boxes: torch.Tensor, target_sizes: torch.Tensor | list[tuple[int, int]] | None
+    pred_boxes: torch.Tensor, target_sizes: torch.Tensor | list[tuple[int, int]] | None, clip: bool = True
 ) -> torch.Tensor:
     """Boxes `(B, Q, 4)` as corners (x_min, y_min, x_max, y_max), float32, from (center_x, center_y, width, height) in
-    [0, 1]; in pixels if `target_sizes` gives the (height, width) of each image.
+    [0, 1]; in pixels if `target_sizes` gives the (height, width) of each image; with `clip` moved into the image where
+    they reach beyond it.
 
     Raises:
         ValueError: `target_sizes` does not hold one (height, width) per image.
@@ -269,7 +285,7 @@ def boxes_in_pixels(
     centers, extents = pred_boxes.float().split(2, dim=-1)  # (B, Q, 2)
     boxes = torch.cat([centers - extents / 2, centers + extents / 2], dim=-1)  # (B, Q, 4)
     if target_sizes is None:
-        return boxes
+        return boxes.clamp(0, 1) if clip else boxes
     if len(target_sizes) != len(boxes):
         raise ValueError(
             f"Got {len(target_sizes)} target sizes for {len(boxes)} images; expected one (height, width) per image of "
@@ -282,7 +298,9 @@ def boxes_in_pixels(
         raise ValueError(
             f"Expected target sizes of shape ({len(boxes)}, 2), a (height, width) per image, got {tuple(sizes.shape)}."
         )
-    return boxes * sizes.flip(-1).repeat(1, 2)[:, None]  # (w, h, w, h) per image
+    limits = sizes.flip(-1).repeat(1, 2)[:, None]  # (B, 1, 4), (w, h, w, h) per image
+    boxes = boxes * limits
+    return boxes.clamp(min=0).minimum(limits) if clip else boxes
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
