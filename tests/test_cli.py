@@ -3,12 +3,17 @@
 
 import json
 import os
+import pickle
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from deperceiver_hf import cli
@@ -133,7 +138,7 @@ def test_debug_shows_where_an_error_comes_from(arguments, capsys):
                 "  x\nOSError: image 5 is torn"
             ),
             2,
-            "deperceiver evaluate: error: OSError: image 5 is torn",
+            "deperceiver evaluate: error: image 5 is torn",
         ),
         (KeyboardInterrupt(), 130, "Interrupted."),
     ],
@@ -144,12 +149,47 @@ def test_errors_and_their_codes(ended, capsys, error, code, line):
     assert printed.startswith(line)
 
 
+ERRORS_OF_LIBRARIES = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, "the memory is not enough"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "the memory is not enough"),
+    (MemoryError(), 1, "the memory is not enough"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "a process that loads images"),
+    (RuntimeError("PytorchStreamWriter failed writing file data/3"), 2, "the disk is full"),
+    (RuntimeError("PytorchStreamReader failed reading zip archive"), 2, "RuntimeError: PytorchStreamReader"),
+    (pickle.UnpicklingError("Weights only load failed"), 2, "UnpicklingError: Weights only"),
+    (DatasetGenerationError("no rows"), 2, "DatasetGenerationError: no rows"),
+    (FloatingPointError("predictions are not finite"), 1, "predictions are not finite"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "line"), ERRORS_OF_LIBRARIES, ids=lambda value: type(value).__name__)
+def test_errors_of_libraries_are_a_line_with_a_remedy(ended, capsys, error, code, line):
+    assert ended(error) == code
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(f"deperceiver evaluate: error: {line}")
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("a mistake"), ImportError("no such name", name="deperceiver_hf.evaluation.job")]
 )
-def test_mistakes_of_the_program_are_not_hidden(ended, error):
-    with pytest.raises(type(error)):
-        ended(error)
+def test_mistakes_of_the_program_are_one_line_too_and_debug_shows_them(ended, capsys, error):
+    assert ended(error) == 1
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(f"deperceiver evaluate: error: unexpected {type(error).__name__}: ")
+    assert ended(error, "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_sigterm_interrupts_a_command(ended, monkeypatch, capsys):
+    def terminated(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(Ended, "run", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert ended(None) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_only_the_first_process_speaks(ended, monkeypatch, capsys):

@@ -483,6 +483,7 @@ def test_settings_are_all_that_the_numbers_may_depend_on(model_directory, coco_d
     assert EvaluationReport.read(tmp_path / "x.json").metrics == report.metrics
     settings = json.loads((tmp_path / "x.json").read_text())["settings"]
     options = {"mixed_precision", "area_boundaries", "batch_size", "num_workers", "max_detections", "batched_forward"}
+    options |= {"on_bad_image"}
     assert settings.keys() == options | {"num_processes", "device", "image_size"}
     assert (settings["batch_size"], settings["num_workers"], settings["max_detections"]) == (3, 0, [1, 10, 100])
 

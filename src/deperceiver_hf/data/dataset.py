@@ -100,8 +100,9 @@ class DetectionDataset(Dataset):
         self._unreadable[torch.tensor(list(indices), dtype=torch.int64)] = True
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]  # an IndexError ends a loop over the data set
         unreadable: dict[int, str] = {}
-        row, image = self._load_or_next(int(index), unreadable)
+        row, image = self._load_or_next(index, unreadable)
         objects = row["objects"]
         boxes = torch.from_numpy(xywh_to_xyxy(objects["bbox"]))  # added up in float64, rounded once
         sample = {
@@ -112,7 +113,7 @@ class DetectionDataset(Dataset):
             "iscrowd": torch.tensor(objects["iscrowd"], dtype=torch.bool),
         }
         if self.transforms is not None:
-            sample = self._transform(sample, int(index))
+            sample = self._transform(sample, index)
         return {
             "image": sample["image"],
             "annotations": _to_coco(sample, row["image_id"]),
