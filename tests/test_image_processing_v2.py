@@ -46,10 +46,8 @@ def naive_detections(outputs, image, threshold, top_k, size=(1, 1)) -> list[tupl
     pairs = []
     for logits, box in zip(outputs.logits[image].float(), outputs.pred_boxes[image].float(), strict=True):
         x, y, width, height = box.tolist()
-        corners = [
-            *((x - width / 2) * size[1], (y - height / 2) * size[0]),
-            *((x + width / 2) * size[1], (y + height / 2) * size[0]),
-        ]
+        relative = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        corners = [min(max(value, 0), 1) * side for value, side in zip(relative, size[::-1] * 2, strict=True)]
         pairs += [(score, label, corners) for label, score in enumerate(logits.sigmoid().tolist())]
     best = sorted(pairs, key=lambda pair: -pair[0])[:top_k]
     return [pair for pair in best if pair[0] >= threshold]

@@ -9,6 +9,7 @@ process work on different images instead, which is no slower.
 """
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -234,9 +235,11 @@ class _Detector:
             raise FloatingPointError(
                 f"The model predicts numbers that are not finite, for image_id {listing(i.image_id for i in images)}."
             )
-        found = self.image_processor.post_process_object_detection(
-            outputs, threshold=0.0, target_sizes=[image.size for image in images]
-        )
+        post_process = self.image_processor.post_process_object_detection
+        # The metric is of boxes as predicted; other processors do not clip them.
+        as_predicted = {"clip": False} if "clip" in inspect.signature(post_process).parameters else {}
+        sizes = [image.size for image in images]
+        found = post_process(outputs, threshold=0.0, target_sizes=sizes, **as_predicted)
         return [
             Detections(image.image_id, **{key: columns[key].cpu().numpy() for key in ("scores", "labels", "boxes")})
             for image, columns in zip(images, found, strict=True)

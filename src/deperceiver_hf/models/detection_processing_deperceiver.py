@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and COCO annotations in, padded batches and targets out: what both architectures' image processors share."""
 
+import math
 import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,12 +20,11 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-from .pixels_deperceiver import to_pixels, to_rgb
+from .pixels_deperceiver import as_tensor, open_rgb_picture, to_rgb, to_uint8, upright
 
 
 class DePerceiverImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
@@ -74,10 +74,13 @@ class DetectionProcessingMixin(Backend):
         """Prepare images, and their annotations if given, for the model.
 
         Args:
-            images: one image or a list of them: PIL images, numpy arrays or tensors (`(H, W)`, `(H, W, C)` or
-                `(C, H, W)`), 4-D batches of such, paths or URLs. An EXIF orientation of a PIL image or a file is
-                applied first, so that "the image" below is what a viewer shows. Transparency is dropped. 8, 16 and 32
-                bit integers and floats in [0, 1] or [0, 255] give the same tensor, see `to_pixels`.
+            images: one image or a list of them: PIL images of any mode, numpy arrays or tensors (`(H, W)`,
+                `(H, W, C)` or `(C, H, W)` of gray, gray with alpha, RGB or RGBA), 4-D batches of such, paths, URLs or
+                base64. An EXIF orientation of a PIL image or a file is applied first, so that "the image" below is
+                what a viewer shows. Transparency is dropped. Integers of 8, 16 and 32 bits and floats in [0, 1] or
+                [0, 255] are taken by their range, so that all of them give the same tensor: `to_uint8` has the rules.
+                With `do_rescale=False`, or a `rescale_factor` other than 1/255, the range of arrays and tensors is
+                the caller's: they are taken as they are.
             annotations: one dictionary per image, `{"image_id": int, "annotations": [{"bbox": [x, y, width, height],
                 "category_id": int, "area": float, "iscrowd": int}, ...]}`. `bbox` is in pixels of the image given,
                 `category_id` is the label 0 to `num_labels - 1`; `area` (default: the box's) and `iscrowd`
@@ -96,9 +99,9 @@ class DetectionProcessingMixin(Backend):
             With `do_pad=False` there is no `pixel_mask`, and without `return_tensors` images may differ in size.
 
         Raises:
-            ValueError: no image or not an image, a malformed annotation, as many annotations as images are missing, a
-                `size` that is not one of the above, an image larger than `pad_size`, or images of different sizes to
-                be returned as one tensor with `do_pad=False`.
+            ValueError: no image, not an image, or one that cannot be read; values of no known range; a malformed
+                annotation, as many annotations as images are missing, a `size` that is not one of the above, an image
+                larger than `pad_size`, or images of different sizes to be returned as one tensor with `do_pad=False`.
         """
         return super().preprocess(images, annotations, **kwargs)
 
@@ -112,33 +115,26 @@ class DetectionProcessingMixin(Backend):
         rescale_factor: float | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """One image as a tensor `(C, H, W)`; `C` is 3 with `do_convert_rgb`, and values are 0 to 255 where they are to
-        be scaled by 1/255, whatever the range of the numbers given, see `to_pixels`."""
+        """One image as a tensor `(C, H, W)`; `C` is 3 with `do_convert_rgb`, values are 0 to 255 if they are to be
+        rescaled by 1/255."""
         if isinstance(image, Image.Image):
-            image = to_rgb(image) if do_convert_rgb else image
+            image = to_rgb(image) if do_convert_rgb else upright(image)
             input_data_format = ChannelDimension.LAST
         if not isinstance(image, torch.Tensor):
-            # A copy in C order: torch refuses negative strides (`image[..., ::-1]`) and warns of read-only memory.
-            image = np.array(image, order="C")
-            if image.dtype.kind not in "buif":
-                raise ValueError(
-                    f"Cannot make an image of an array of {image.dtype}; give PIL images, arrays or tensors of "
-                    "numbers, paths or URLs."
-                )
-            image = torch.from_numpy(image.astype(image.dtype.newbyteorder("=")))
-        if do_rescale and rescale_factor == 1 / 255:  # otherwise the caller says what the range is
-            image = to_pixels(image)
+            image = as_tensor(image)
         if image.ndim not in (2, 3) or image.numel() == 0:
             raise ValueError(
                 f"Got an image of shape {tuple(image.shape)}; expected (H, W), (H, W, C) or (C, H, W), all at least 1."
             )
+        if image.dtype == torch.bool or (do_rescale and math.isclose(rescale_factor or 0, 1 / 255, rel_tol=1e-4)):
+            image = to_uint8(image)
         if image.ndim == 2:
             image = image[None]
         elif ChannelDimension(input_data_format or _infer_channel_dimension(image.shape)) == ChannelDimension.LAST:
             image = image.permute(2, 0, 1)
         if do_convert_rgb:
             # grayscale is repeated, an alpha channel dropped: what `PIL.Image.convert("RGB")` does
-            image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+            image = image[:1].expand(3, -1, -1) if image.shape[0] <= 2 else image[:3]
         return image.to(device)
 
     @classmethod
@@ -160,7 +156,7 @@ class DetectionProcessingMixin(Backend):
         if isinstance(images, list | tuple):
             return [image for entry in images for image in self._prepare_images_structure(entry)]
         if isinstance(images, str | Path):
-            return [_open(str(images))]
+            return [open_rgb_picture(images)]
         return list(images) if getattr(images, "ndim", None) == 4 else [images]
 
     def _validate_preprocess_kwargs(
@@ -261,11 +257,27 @@ class PilProcessingMixin(DetectionProcessingMixin):
         return super().process_image(image, **kwargs).cpu().numpy()
 
 
+def require_finite(logits: torch.Tensor, pred_boxes: torch.Tensor) -> None:
+    """Refuse predictions from which no detections can be made; a logit of minus infinity is a class ruled out.
+
+    Raises:
+        FloatingPointError: some are not finite.
+    """
+    finite = torch.stack([(logits < math.inf).all(), pred_boxes.isfinite().all()]).tolist()  # NaN is not less either
+    wrong = [name for name, good in zip(("logits", "pred_boxes"), finite, strict=True) if not good]
+    if wrong:
+        raise FloatingPointError(
+            f"The model predicts numbers that are not finite ({', '.join(wrong)}): its weights are damaged, its "
+            "training has diverged or its precision is too low. Use another checkpoint, or float32."
+        )
+
+
 def boxes_in_pixels(
-    pred_boxes: torch.Tensor, target_sizes: torch.Tensor | list[tuple[int, int]] | None
+    pred_boxes: torch.Tensor, target_sizes: torch.Tensor | list[tuple[int, int]] | None, clip: bool = True
 ) -> torch.Tensor:
     """Boxes `(B, Q, 4)` as corners (x_min, y_min, x_max, y_max), float32, from (center_x, center_y, width, height) in
-    [0, 1]; in pixels if `target_sizes` gives the (height, width) of each image.
+    [0, 1]; in pixels if `target_sizes` gives the (height, width) of each image; with `clip` moved into the image where
+    they reach beyond it.
 
     Raises:
         ValueError: `target_sizes` does not hold one (height, width) per image.
@@ -273,7 +285,7 @@ def boxes_in_pixels(
     centers, extents = pred_boxes.float().split(2, dim=-1)  # (B, Q, 2)
     boxes = torch.cat([centers - extents / 2, centers + extents / 2], dim=-1)  # (B, Q, 4)
     if target_sizes is None:
-        return boxes
+        return boxes.clamp(0, 1) if clip else boxes
     if len(target_sizes) != len(boxes):
         raise ValueError(
             f"Got {len(target_sizes)} target sizes for {len(boxes)} images; expected one (height, width) per image of "
@@ -286,7 +298,9 @@ def boxes_in_pixels(
         raise ValueError(
             f"Expected target sizes of shape ({len(boxes)}, 2), a (height, width) per image, got {tuple(sizes.shape)}."
         )
-    return boxes * sizes.flip(-1).repeat(1, 2)[:, None]  # (w, h, w, h) per image
+    limits = sizes.flip(-1).repeat(1, 2)[:, None]  # (B, 1, 4), (w, h, w, h) per image
+    boxes = boxes * limits
+    return boxes.clamp(min=0).minimum(limits) if clip else boxes
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
@@ -413,14 +427,6 @@ def coco_to_target(
     return {name: torch.from_numpy(value).to(device) for name, value in target.items()}
 
 
-def _open(source: str) -> Image.Image:
-    """The picture in a file or at a URL; transformers, which would clip 16 bit pictures, opens URLs only."""
-    if "://" in source or source.startswith("data:"):
-        return load_image(source)
-    with Image.open(source) as opened:
-        return to_rgb(opened)
-
-
 def _integer(value: Any, name: str) -> int:
     try:
         return operator.index(value)
@@ -430,11 +436,11 @@ def _integer(value: Any, name: str) -> int:
 
 def _infer_channel_dimension(shape: torch.Size) -> ChannelDimension:
     """Where the channels of a 3-D image are, also where a side of the image is as short as a pixel has channels."""
-    for channels in (3, 4, 1):
+    for channels in (3, 4, 1, 2):
         if shape[0] == channels:
             return ChannelDimension.FIRST
         if shape[2] == channels:
             return ChannelDimension.LAST
     raise ValueError(
-        f"Got an image of shape {tuple(shape)}; expected 1, 3 or 4 channels in the first or the last dimension."
+        f"Got an image of shape {tuple(shape)}; expected 1 to 4 channels in the first or the last dimension."
     )

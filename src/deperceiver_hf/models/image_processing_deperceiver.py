@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
-from .detection_processing_deperceiver import DetectionProcessingMixin, PilProcessingMixin, boxes_in_pixels
+from .detection_processing_deperceiver import (
+    DetectionProcessingMixin,
+    PilProcessingMixin,
+    boxes_in_pixels,
+    require_finite,
+)
 
 
 class SoftmaxDetectionMixin(DetectionProcessingMixin):
@@ -24,6 +29,8 @@ class SoftmaxDetectionMixin(DetectionProcessingMixin):
         outputs: Any,
         threshold: float = 0.5,
         target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
+        *,
+        clip: bool = True,
     ) -> list[dict[str, torch.Tensor]]:
         """Turn the model's predictions into detections.
 
@@ -33,17 +40,21 @@ class SoftmaxDetectionMixin(DetectionProcessingMixin):
             threshold: detections with a lower score are left out; 0 keeps every query, in order.
             target_sizes: `(height, width)` of each image in pixels, a list or a tensor `(B, 2)`; usually the sizes of
                 the original images. Without them boxes stay in [0, 1].
+            clip: end boxes at the border of the image. One that lies outside entirely stays, without area. `False`
+                gives boxes as predicted, which is what a metric is to see.
 
         Returns:
             For each image `scores` `(n,)` float32, the probability of the likeliest class; `labels` `(n,)` int64, that
             class; `boxes` `(n, 4)` float32 `(x_min, y_min, x_max, y_max)`.
 
         Raises:
+            FloatingPointError: predictions are not finite.
             ValueError: `target_sizes` does not hold one `(height, width)` per image.
         """
+        require_finite(outputs.logits, outputs.pred_boxes)
         # Half-precision predictions are converted first: 8 bits of mantissa cannot tell pixels of a large image apart.
         scores, labels = outputs.logits.float().softmax(-1)[..., :-1].max(-1)  # (B, Q)
-        boxes = boxes_in_pixels(outputs.pred_boxes, target_sizes)
+        boxes = boxes_in_pixels(outputs.pred_boxes, target_sizes, clip)
         keep = scores >= threshold
         return [
             {"scores": scores[i][keep[i]], "labels": labels[i][keep[i]], "boxes": boxes[i][keep[i]]}

@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
-from .detection_processing_deperceiver import DetectionProcessingMixin, PilProcessingMixin, boxes_in_pixels
+from .detection_processing_deperceiver import (
+    DetectionProcessingMixin,
+    PilProcessingMixin,
+    boxes_in_pixels,
+    require_finite,
+)
 
 
 class SigmoidDetectionMixin(DetectionProcessingMixin):
@@ -22,6 +27,8 @@ class SigmoidDetectionMixin(DetectionProcessingMixin):
         threshold: float = 0.5,
         target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
         top_k: int | None = None,
+        *,
+        clip: bool = True,
     ) -> list[dict[str, torch.Tensor]]:
         """Turn the model's predictions into detections: the best pairs of a query and a class.
 
@@ -33,14 +40,18 @@ class SigmoidDetectionMixin(DetectionProcessingMixin):
                 the original images. Without them boxes stay in [0, 1].
             top_k: how many detections to keep per image at most; by default as many as there are queries. A query can
                 be among them with several classes.
+            clip: end boxes at the border of the image. One that lies outside entirely stays, without area. `False`
+                gives boxes as predicted, which is what a metric is to see.
 
         Returns:
             For each image `scores` `(n,)` float32, best first; `labels` `(n,)` int64; `boxes` `(n, 4)` float32
             `(x_min, y_min, x_max, y_max)`.
 
         Raises:
+            FloatingPointError: predictions are not finite.
             ValueError: `target_sizes` does not hold one `(height, width)` per image, or `top_k` is less than 1.
         """
+        require_finite(outputs.logits, outputs.pred_boxes)
         logits = outputs.logits.float()
         num_queries, num_labels = logits.shape[1:]
         if top_k is not None and top_k < 1:
@@ -48,7 +59,7 @@ class SigmoidDetectionMixin(DetectionProcessingMixin):
         count = min(num_queries if top_k is None else top_k, num_queries * num_labels)
         scores, pairs = logits.sigmoid().flatten(1).topk(count, dim=1)  # (B, count)
         queries, labels = pairs // num_labels, pairs % num_labels
-        boxes = boxes_in_pixels(outputs.pred_boxes, target_sizes)
+        boxes = boxes_in_pixels(outputs.pred_boxes, target_sizes, clip)
         boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
         keep = scores >= threshold
         return [
