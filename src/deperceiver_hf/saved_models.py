@@ -10,19 +10,21 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 
 from .errors import UserError
+from .output_files import expand_home
 
 
 def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
     """A detector ready to predict, and its image processor.
 
     Args:
-        source: directory written by `save_pretrained` (any object detection model of transformers), or a Hub id.
+        source: directory written by `save_pretrained` (any object detection model of transformers; it may begin with
+            `~`), or a Hub id.
 
     Raises:
         OSError: there is no such directory, a file in it is missing, or the Hub cannot be reached.
         ValueError: it holds no object detection model, or not all of its weights.
     """
-    require_model_source(source)
+    source = require_model_source(source)
     try:
         processor = AutoImageProcessor.from_pretrained(source)
         model, report = AutoModelForObjectDetection.from_pretrained(source, output_loading_info=True)
@@ -39,13 +41,17 @@ def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
     return model.eval(), processor
 
 
-def require_model_source(source: str) -> None:
+def require_model_source(source: str) -> str:
     """Refuse what cannot be a saved model, before anything is loaded.
+
+    Returns:
+        The source; of a directory that begins with `~` its path.
 
     Raises:
         OSError: no such directory, or files missing in it.
         ValueError: the source is a file.
     """
+    source = expand_home(source)
     path = Path(source)
     if path.is_file():
         raise UserError(
@@ -57,7 +63,7 @@ def require_model_source(source: str) -> None:
             if not (path / name).is_file():
                 found = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
                 raise FileNotFoundError(f"{source} holds no {name}, so it is no saved detector. Found there: {found}.")
-        return
+        return source
     try:
         validate_repo_id(source)
         is_id = len(path.parts) == 1 or not path.parent.is_dir()  # `outputs/run` beside `outputs/` is no Hub id
@@ -65,6 +71,7 @@ def require_model_source(source: str) -> None:
         is_id = False
     if not is_id:
         raise FileNotFoundError(f"There is no directory {source}.")
+    return source
 
 
 def _first_sentences(error: Exception) -> str:
