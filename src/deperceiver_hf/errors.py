@@ -63,7 +63,7 @@ class Failure:
 def explain(error: BaseException) -> Failure:
     """What to say of an error that ends a command, whichever library raised it."""
     message = one_line(error)
-    if isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return Failure(
             f"the memory is not enough: {message} A smaller --batch_size, smaller images, a smaller model or fewer "
             "--num_workers need less.",
@@ -87,6 +87,11 @@ def explain(error: BaseException) -> Failure:
     return Failure(
         f"unexpected {type(error).__name__}: {message} (--debug shows where; please report it)", FAILURE_CODE
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a GPU, was not enough."""
+    return isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY)
 
 
 def one_line(error: BaseException) -> str:

@@ -9,14 +9,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import UserError
 
 PROBE = "probe"  # a file that is made and removed at once
 MAX_NAME_BYTES = 255  # of a file or directory, on nearly every file system
+_NO_PART_OF_A_NAME = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f\ud800-\udfff]')  # on Windows; the last are bytes of no text
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE)
 
 
 def expand_home(path: str | os.PathLike) -> str:
@@ -110,21 +113,50 @@ def is_temporary(path: Path, *, of: Path) -> bool:
     return path.parent == of.parent and re.fullmatch(rf"\.\d+\.{name}", path.name) is not None
 
 
-def short_name(name: str, limit: int = MAX_NAME_BYTES) -> str:
-    """A name for a file of at most `limit` bytes: that of a longer one is cut, and ends in a hash and its suffix."""
-    if len(os.fsencode(name)) <= limit:
-        return name
-    stem, suffix = os.path.splitext(name)
-    suffix = suffix if len(os.fsencode(suffix)) <= 16 else ""
-    ending = f"-{digest(name)}{suffix}"
-    kept = os.fsencode(stem)[: limit - len(os.fsencode(ending))]
-    return kept.decode("utf-8", "ignore") + ending
+def unique_names(names: Sequence[str]) -> list[str]:
+    """File names, in directories below each other parted by `/`, for files that are all to be written to one place.
+
+    They are names on every common file system and are different files on each, also where capitals or the two forms of
+    accents make no difference: what is no name there is replaced, what is too long is cut, and what would meet another
+    gets a hash of the name given. Most stay as they are.
+    """
+    portable = ["/".join(_portable(part) for part in name.split("/")) for name in names]
+    directories = {_folded(str(parent)) for name in portable for parent in PurePosixPath(name).parents}
+    taken, chosen = set(directories), []
+    for given, name in zip(names, portable, strict=True):
+        directory, slash, last = name.rpartition("/")
+        hashed = given
+        while _folded(name) in taken:
+            name = f"{directory}{slash}{_with_hash(last, hashed)}"
+            hashed += "'"
+        taken.add(_folded(name))
+        chosen.append(name)
+    return chosen
 
 
-def digest(name: str) -> str:
-    """Eight hexadecimal digits that tell a name from others."""
-    return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _portable(name: str) -> str:
+    name = _NO_PART_OF_A_NAME.sub("_", name)
+    if _DEVICE.fullmatch(name):
+        name = f"_{name}"
+    return _within_limit(f"{name[:-1]}_" if name.endswith((".", " ")) else name)
 
 
 def _name_within_temporary(path: Path) -> str:
-    return short_name(path.name, MAX_NAME_BYTES - len(".4294967295."))  # the largest number of a process
+    return _within_limit(path.name, MAX_NAME_BYTES - len(".4294967295."))  # the largest number of a process
+
+
+def _within_limit(name: str, limit: int = MAX_NAME_BYTES) -> str:
+    return name if len(os.fsencode(name)) <= limit else _with_hash(name, name, limit)
+
+
+def _with_hash(name: str, of: str, limit: int = MAX_NAME_BYTES) -> str:
+    """A name with a hash of another one before its suffix, cut to a number of bytes."""
+    stem, suffix = os.path.splitext(name)
+    suffix = suffix if len(os.fsencode(suffix)) <= 16 else ""
+    ending = f"-{hashlib.sha256(os.fsencode(of)).hexdigest()[:8]}{suffix}"
+    kept = os.fsencode(stem)[: limit - len(os.fsencode(ending))]
+    return kept.decode("utf-8", "ignore") + ending

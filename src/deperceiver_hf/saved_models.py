@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
 
     Raises:
         OSError: there is no such directory, a file in it is missing, or the Hub cannot be reached.
-        ValueError: it holds no object detection model, or not all of its weights.
+        ValueError: it holds no object detection model, or not all of its weights, or some that are not finite.
     """
     source = require_model_source(source)
     try:
@@ -37,6 +38,12 @@ def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
         raise UserError(
             f"{source} lacks {len(lacking)} weights that its config.json asks for, e.g. {lacking[0]}; it was saved by "
             "another version or only in part."
+        )
+    broken = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise UserError(
+            f"{len(broken)} weights of {source}, e.g. {broken[0]}, are not finite (NaN or infinite): it is damaged, "
+            "or from a training that failed. Take an earlier model of the run."
         )
     return model.eval(), processor
 

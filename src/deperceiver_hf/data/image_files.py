@@ -99,8 +99,8 @@ def search_images(inputs: Sequence[str | os.PathLike], leave_out: str | os.PathL
         ValueError: an input is a URL, or all are files of which it is known that they cannot be read.
     """
     search = _Search(None if leave_out is None else os.path.realpath(expand_home(leave_out)))
-    for entry in map(os.fspath, inputs):
-        search.add(entry)
+    for entry in inputs:
+        search.add(os.fspath(entry))
     found = search.found
     if not found.files and not found.refused:
         raise FileNotFoundError("No inputs were given.")
@@ -227,7 +227,7 @@ def _not_a_file(path: str) -> str:
 
 
 def _identity(path: str) -> tuple:
-    """Equal for two paths of one file, whichever links and capitals lead to it; links to files are files themselves."""
+    """Equal for two paths of one file, by whichever directories and capitals; links to files are files themselves."""
     place = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
     status = os.stat(path)
     return status.st_dev, status.st_ino, unicodedata.normalize("NFC", place).casefold()
