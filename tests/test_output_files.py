@@ -19,7 +19,7 @@ from deperceiver_hf.benchmarks.scaling import check_figure
 from deperceiver_hf.comparison.arguments import ComparisonOptions, ModelSpec
 from deperceiver_hf.conversion.job import convert_checkpoint
 from deperceiver_hf.evaluation.job import prepare_evaluation
-from deperceiver_hf.model_cards import write_model_cards
+from deperceiver_hf.model_cards import write_model_cards, writing
 from deperceiver_hf.output_files import (
     as_path,
     atomic_path,
@@ -105,7 +105,7 @@ def test_training_and_comparison_take_the_home_directory(home):
     assert of_run.pretrained_backbone == str(home / "b.pth")
 
 
-def test_models_and_results_are_found_in_the_home_directory(home):
+def test_models_and_results_are_found_in_the_home_directory(home, monkeypatch):
     for call in (
         lambda: load_detector("~/none"),
         lambda: prepare_evaluation("~/none", "synthetic", output="~/x.json"),
@@ -119,6 +119,7 @@ def test_models_and_results_are_found_in_the_home_directory(home):
     (home / "out").write_text("in the way", encoding="utf-8")
     with pytest.raises(NotADirectoryError, match=r"home.out is a file"):
         convert_checkpoint("~/model.ckpt", "~/out")
+    monkeypatch.setattr(writing, "CARDS", {"v2-nano": writing.CARDS["v2-nano"]})
     assert write_model_cards("~/cards")[0].parent == home / "cards"
     with pytest.raises(OSError, match=r"home.out"):
         prepare_evaluation_into(home, "~/out/metrics.json")

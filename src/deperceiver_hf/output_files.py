@@ -73,7 +73,8 @@ def require_writable_directory(path: str | os.PathLike) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise type(error)(f"Cannot write to the directory {path}: {error.strerror}.") from error
+        reason = "it is a file" if path.is_file() else error.strerror
+        raise type(error)(f"Cannot write to the directory {path}: {reason}.") from error
     return path
 
 
