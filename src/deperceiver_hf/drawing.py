@@ -289,7 +289,7 @@ def _written_names(names: tuple[tuple[int, str], ...]) -> dict[int, _Written]:
     if missing := [f"#{label} is {text}" for label, text in texts.items() if text not in fonts]:
         others = [f"and {len(missing) - NUMBERS_IN_LEGEND} more"] if len(missing) > NUMBERS_IN_LEGEND else []
         logger.warning(
-            f"No font of this machine has the letters of {len(missing)} class names; their numbers are drawn instead: "
+            f"No font of this machine has the letters of these class names; their numbers are drawn instead: "
             f"{', '.join([*missing[:NUMBERS_IN_LEGEND], *others])}. Install a font that has them, such as Noto Sans "
             "(fonts.google.com/noto; Debian and Ubuntu: apt install fonts-noto-cjk fonts-noto-core)."
         )

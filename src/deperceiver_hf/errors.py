@@ -15,6 +15,8 @@ from pyarrow import ArrowException
 from safetensors import SafetensorError
 from yaml import YAMLError
 
+from .jobs import printable
+
 USER_ERROR_CODE, FAILURE_CODE, INTERRUPTED_CODE = 2, 1, 130  # what a command ends with
 
 
@@ -95,14 +97,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, or its kind if it has none, on one line.
+    """The message of an error, or its kind if it has none, on one line, printable.
 
     Of an error in a process that loads data the traceback is left out, which torch puts into the message.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if " in DataLoader worker process " in lines[0]:
         lines = [lines[-1].removeprefix(f"{type(error).__module__}.").removeprefix(f"{type(error).__qualname__}: ")]
-    return " ".join(" ".join(lines).split())
+    return printable(" ".join(" ".join(lines).split()))
 
 
 def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:

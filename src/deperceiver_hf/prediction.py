@@ -2,6 +2,7 @@
 """Detection on image files: JSON and annotated pictures, by way of transformers' `object-detection` pipeline."""
 
 import argparse
+import contextlib
 import errno
 import functools
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Pipeline, pipeline
 
 from .data.detections import Detections
@@ -152,7 +154,7 @@ class PredictionJob:
         ]
         names = dict(zip(self.files, picture_names(self.files), strict=True))
         try:
-            with tqdm(total=len(self.files), desc="Detecting", disable=not progress) as bar:
+            with _log_above_progress(), tqdm(total=len(self.files), desc="Detecting", disable=not progress) as bar:
                 for batch in self._batches(report, bar):
                     for path, image, detections in self._detect(batch, report):
                         entry: dict[str, Any] = {
@@ -367,6 +369,12 @@ def _refuse_not_finite(module: torch.nn.Module, inputs: tuple, outputs: Mapping[
 def _within(box: Mapping[str, int], size: tuple[int, int]) -> dict[str, int]:
     """A box cut off at the border of its image, of (width, height)."""
     return {side: min(max(value, 0), size[side.startswith("y")]) for side, value in box.items()}
+
+
+def _log_above_progress() -> contextlib.AbstractContextManager:
+    """Within, what is shown of the package's log has its own lines and does not stand behind the progress bar."""
+    of_package = logging.getLogger(__package__)
+    return logging_redirect_tqdm([of_package]) if of_package.handlers else contextlib.nullcontext()
 
 
 @functools.cache
