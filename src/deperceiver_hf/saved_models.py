@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetec
 
 from .data.classes import repair_labels
 from .errors import UserError, one_line
+from .output_files import expand_home
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -39,7 +40,7 @@ def load_config(source: str) -> PreTrainedConfig:
     Raises:
         OSError, ValueError: see [`load_detector`].
     """
-    require_model_source(source)
+    source = require_model_source(source)
     with _naming(source):
         config = AutoConfig.from_pretrained(source)
     repair_labels(config, source)
@@ -52,7 +53,7 @@ def load_image_processor(source: str) -> Any:
     Raises:
         OSError, ValueError: see [`load_detector`].
     """
-    require_model_source(source)
+    source = require_model_source(source)
     with _naming(source):
         return AutoImageProcessor.from_pretrained(source)
 
@@ -77,6 +78,7 @@ def load_model(
     Raises:
         OSError, ValueError: see [`load_detector`].
     """
+    source = expand_home(source)
     with _naming(source):
         model, report = model_class.from_pretrained(
             source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -100,13 +102,14 @@ def load_model(
     return model
 
 
-def require_model_source(source: str) -> None:
-    """Refuse what cannot be a saved model, before anything is loaded.
+def require_model_source(source: str) -> str:
+    """Refuse what cannot be a saved model, before anything is loaded; returns the source, a `~` in it expanded.
 
     Raises:
         OSError: no such directory, or files missing in it.
         ValueError: the source is a file, or holds files that Git LFS has not fetched.
     """
+    source = expand_home(source)
     path = Path(source)
     if path.is_file():
         raise UserError(
@@ -120,7 +123,7 @@ def require_model_source(source: str) -> None:
         for file in sorted(path.iterdir()):
             if file.is_file() and _begins_with(file, LFS_POINTER):
                 raise UserError(f"{file} is a pointer of Git LFS and not the file itself: run `git lfs pull` there.")
-        return
+        return source
     try:
         validate_repo_id(source)
         is_id = len(path.parts) == 1 or not path.parent.is_dir()  # `outputs/run` beside `outputs/` is no Hub id
@@ -128,6 +131,7 @@ def require_model_source(source: str) -> None:
         is_id = False
     if not is_id:
         raise FileNotFoundError(f"There is no directory {source}.")
+    return source
 
 
 @contextlib.contextmanager

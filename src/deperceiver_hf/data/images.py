@@ -17,6 +17,11 @@ from .records import LoadingReport
 
 EXIF_ORIENTATION = 0x0112
 
+with contextlib.suppress(ImportError):  # Pillow reads HEIF where this is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 
 class UnreadableImageError(OSError):
     """A file that is not there, no image, a broken one or too large; the message is the reason alone."""
@@ -96,6 +101,18 @@ def open_rgb(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
     """
     with _reasons_of_decoders(), PIL.Image.open(source) as opened:
         return to_rgb(opened)
+
+
+def has_more_frames(source: str | os.PathLike) -> bool:
+    """Whether a file, of which [`open_rgb`] takes the first frame or page, has others that a viewer would show.
+
+    Pictures that some cameras put behind the first of a JPEG (depth, gain) are none.
+    """
+    try:
+        with _reasons_of_decoders(), PIL.Image.open(source) as image:
+            return image.format != "MPO" and getattr(image, "is_animated", False)
+    except UnreadableImageError:  # the first can be read, what is behind it cannot
+        return False
 
 
 def decode_rgb(image: dict | PIL.Image.Image, image_id: int) -> PIL.Image.Image:

@@ -2,10 +2,10 @@
 """The way from a name to detection data: COCO directories, `datasets` and the Hub, synthetic scenes."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..output_files import as_path
 from .coco import is_coco_directory, load_coco_directory
 from .hub import BOX_FORMATS, load_hub_data
 from .records import DetectionData
@@ -49,7 +49,7 @@ def load_detection_data(
         dataset, named = _split_options(dataset)
         strict = named.pop("strict", strict)
         options |= named
-    path = Path(dataset).expanduser()
+    path = as_path(dataset)
     if is_synthetic(dataset):
         data = load_synthetic(dataset, split, max_samples=max_samples, **options)
     elif is_coco_directory(path):

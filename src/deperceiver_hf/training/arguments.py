@@ -17,6 +17,7 @@ from ..data.transforms import AUGMENTATIONS
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
 from ..machine import PRECISIONS
+from ..output_files import expand_home
 from .architectures import ARCHITECTURES, ModelOptions
 from .architectures.options import DEFAULT_IMAGE_SIZE
 from .declaration import Options, declared, option
@@ -232,6 +233,9 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
         return self.output_dir or f"outputs/{self.run_name}"
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "resume", "model", "pretrained_backbone"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, expand_home(path))
         self.check_ranges()
         self._check_data()
         self._check_architecture_is_known()
