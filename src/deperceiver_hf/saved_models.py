@@ -96,8 +96,8 @@ def load_model(
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"{source}: {broken[0]} is not finite, as are {len(broken) - 1} others; the model cannot be used. Take "
-            "one that was saved before its training broke."
+            f"{len(broken)} weights of {source}, e.g. {broken[0]}, are not finite (NaN or infinite): it is damaged, "
+            "or from a training that failed. Take an earlier model of the run."
         )
     return model
 
