@@ -55,7 +55,8 @@ def test_trainer_trains_and_gathers_predictions_only(tmp_path, make_model, field
     assert metrics["eval_loss"] > 0
     (batches,) = gathered
     for batch in batches:
-        logits, boxes = batch
+        losses, logits, boxes = batch  # in the order of DETR, which transformers' example for detection expects
+        assert "loss_bbox" in losses
         queries, no_object = logits_shape
         assert logits.shape == (2, queries, len(data.label_names) + no_object)
         assert boxes.shape == (2, queries, 4)
