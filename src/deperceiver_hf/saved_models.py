@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -55,7 +56,12 @@ def load_image_processor(source: str) -> Any:
     """
     source = require_model_source(source)
     with _naming(source):
-        return AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source)
+        gray = np.full((8, 8, 3), 128, dtype=np.uint8)
+        prepared = processor(images=[gray], do_resize=False, do_pad=False, return_tensors="pt")["pixel_values"]
+        if not torch.isfinite(prepared).all():
+            raise UserError("preprocessor_config.json makes numbers of an image that are not finite.")
+    return processor
 
 
 def load_model(
