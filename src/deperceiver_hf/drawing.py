@@ -208,14 +208,15 @@ def contact_sheet_rows(
             boxes=xywh_to_xyxy([objects["bbox"][index] for index in kept]),
             labels=[objects["category"][index] for index in kept],
         )
-        shown = [p for p in predictions if p["image_id"] == record["image_id"] and p["score"] >= threshold]
+        image_id = data.own_image_id(record["image_id"])
+        shown = [p for p in predictions if p["image_id"] == image_id and p["score"] >= threshold]
         detected = Boxes(
             boxes=xywh_to_xyxy([p["bbox"] for p in shown]),
             labels=[labels[p["category_id"]] for p in shown],
             scores=[p["score"] for p in shown],
         )
-        image = decode_rgb(record["image"], record["image_id"])
-        rows.append(ContactSheetRow(image, annotated, detected, caption=f"image {record['image_id']}"))
+        image = decode_rgb(record["image"], image_id)
+        rows.append(ContactSheetRow(image, annotated, detected, caption=f"image {image_id}"))
     return rows
 
 

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..data import DetectionData, DetectionDataset, same_size_batches
 from ..data.classes import align_labels, listing
 from ..data.detections import Detections
+from ..data.fields import Id
 from ..data.images import UnreadableImageError
 from ..data.records import is_main_process
 from ..data.sampling import iterating, make_loader
@@ -47,10 +48,11 @@ class EvaluationResult:
         metrics: the COCO numbers by name, see `CocoDetectionMetric`; -1 where there was no object to find.
         per_class: AP of each class by name, `None` for classes without objects.
         predictions: every detection in COCO's result format, `{"image_id", "category_id", "bbox", "score"}`, with the
-            data set's own category ids and boxes as (x, y, width, height) in pixels, ordered by image and query.
+            data set's own ids of images and categories and boxes as (x, y, width, height) in pixels, ordered by image
+            and query.
         num_images: number of images evaluated.
         seconds: wall time.
-        left_out: why images that could not be read were left out, with their objects, by image id.
+        left_out: why images that could not be read were left out, with their objects, by the data set's own id.
     """
 
     metrics: dict[str, float]
@@ -58,7 +60,7 @@ class EvaluationResult:
     predictions: list[dict]
     num_images: int
     seconds: float
-    left_out: dict[int, str] = field(default_factory=dict)
+    left_out: dict[Id, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """The metrics and the AP per class as a table, in percent; a dash where there was nothing to find."""
@@ -124,16 +126,21 @@ def evaluate_detector(
     found = sorted(
         (_with_data_labels(detections, labels) for detections in detected), key=lambda detections: detections.image_id
     )
+    own_ids = [data.own_image_id(int(detections.image_id)) for detections in found]
     scores = [_score(found, data, how) if accelerator.is_main_process else None]
     metrics = broadcast_object_list(scores)[0]
     per_class = metrics.pop("per_class")
     return EvaluationResult(
         metrics=metrics,
         per_class=per_class,
-        predictions=[result for detections in found for result in detections.to_coco(data.category_ids)],
+        predictions=[
+            result
+            for detections, image_id in zip(found, own_ids, strict=True)
+            for result in replace(detections, image_id=image_id).to_coco(data.category_ids)
+        ],
         num_images=len(found),
         seconds=time.perf_counter() - start,
-        left_out=left_out,
+        left_out={data.own_image_id(image_id): reason for image_id, reason in left_out.items()},
     )
 
 

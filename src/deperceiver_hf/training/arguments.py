@@ -12,6 +12,7 @@ from typing import Any, Literal
 from accelerate.utils import LoggerType
 from transformers import HfArgumentParser
 
+from ..data.boxes import BOX_FORMATS
 from ..data.dataset import BAD_IMAGE_POLICIES
 from ..data.transforms import AUGMENTATIONS
 from ..errors import UserError
@@ -28,13 +29,19 @@ class DataOptions(Options):
     _argument_group_name = "data"
 
     dataset: str = option(
-        "COCO directory, Hub id or local `datasets` directory, or 'synthetic', also with options: "
+        "COCO directory or annotation file, Hub id or local `datasets` directory (also with options: "
+        "'NAME:config=...,outside=true'), or 'synthetic', also with options: "
         "'synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3'.",
         "synthetic",
         resume_may_change=True,  # a directory may have moved; what is in it is compared
     )
     train_split: str = option("Split to train on.", "train")
     eval_split: str = option("Split to evaluate on.", "val")
+    box_format: Literal[BOX_FORMATS] | None = option(  # type: ignore[valid-type]
+        "How the data's files write boxes. xywh: left, top, width, height, as in COCO (if not given); xyxy: left, "
+        "top, right, bottom; cxcywh: centre, width, height; all in pixels, or in parts of the image with _relative (0 "
+        "to 1), _percent (0 to 100) or _permille (0 to 1000).",
+    )
     shortest_edge: int | None = option(
         "Size of the shortest edge in evaluation and inference, and the largest in training; 800 if not given.",
         at_least=1,

@@ -27,8 +27,10 @@ from ..data import (
 )
 from ..data.classes import with_labels_of
 from ..data.images import limit_pixels
+from ..data.plausibility import remarks_on_objects, require_objects
 from ..data.sampling import make_loader
 from ..errors import UserError
+from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
 from ..machine import choose_precision, find_device, make_accelerator
 from .arguments import TrainingOptions
 from .building import build_image_processor
@@ -67,10 +69,11 @@ class TrainingData:
             OSError: They cannot be read.
         """
         limit_pixels(options.max_image_pixels)
-        load_split = partial(load_detection_data, options.dataset)
+        load_split = partial(load_detection_data, options.dataset, bbox_format=options.box_format)
         train = main_process_first(
             accelerator, partial(load_split, options.train_split, max_samples=options.max_train_samples)
         )
+        require_objects(train)
         evaluation = None
         if options.eval_every or options.eval_steps:
             evaluation = main_process_first(
@@ -111,6 +114,16 @@ class TrainingData:
         )
         collate = DetectionCollator(image_processor, do_resize=False)
         return cls(train, evaluation, image_processor, dataset, collate, sampler)
+
+    def remark_on_objects(self, num_queries: int) -> None:
+        """Say what the objects of the data mean for a model with so many queries."""
+        remarks = remarks_on_objects(self.train, num_queries=num_queries, training=True)
+        if self.evaluation is not None:
+            remarks += remarks_on_objects(
+                self.evaluation, num_queries=num_queries, max_detections=COCO_MAX_DETECTIONS[-1]
+            )
+        for remark in remarks:
+            logger.warning(remark)
 
     def require_evaluation(self) -> DetectionData:
         """The data of the evaluations of a run that has some."""
