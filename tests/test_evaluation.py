@@ -229,8 +229,9 @@ def test_unnamed_labels_are_matched_by_number_only_if_equally_many():
 
 
 def test_ambiguous_labels_are_refused():
-    with pytest.raises(ValueError, match="same name: person"):
-        align_labels({0: "person", 1: "Person"}, LABEL_NAMES)
+    with pytest.raises(ValueError, match="not clear which class is which: PERSON, Person on one side"):
+        align_labels({0: "PERSON", 1: "Person"}, LABEL_NAMES)
+    assert align_labels({0: "person", 1: "Person"}, LABEL_NAMES)[1] == -1  # the equal one is meant
 
 
 # --- the evaluation ----------------------------------------------------------------------------------------------

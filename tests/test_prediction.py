@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection on image files, and the pictures of it."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from conftest import tiny_config
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.drawing import Boxes, contact_sheet_rows, draw_boxes, draw_contact_sheet
-from deperceiver_hf.prediction import find_images, picture_names, prepare_prediction
+from deperceiver_hf.errors import explain
+from deperceiver_hf.prediction import PredictionReport, find_images, picture_names, prepare_prediction
 from deperceiver_hf.saved_models import load_detector
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "predict.py"
@@ -71,7 +74,12 @@ def run(model_directory, inputs, output_dir, **options):
 
 
 def read(output_dir: Path) -> dict:
-    return json.loads((output_dir / "predictions.json").read_text())
+    return json.loads((output_dir / "predictions.json").read_text(encoding="utf-8"))
+
+
+def within(box: dict, image: dict) -> dict:
+    limits = {"xmin": image["width"], "xmax": image["width"], "ymin": image["height"], "ymax": image["height"]}
+    return {side: min(max(value, 0), limits[side]) for side, value in box.items()}
 
 
 def test_broken_files_are_recorded_and_the_others_go_on(model_directory, pictures, tmp_path):
@@ -108,7 +116,8 @@ def test_batches_change_nothing_and_the_pipeline_says_the_same(model_directory, 
         alone = detector(images[0]["file"], threshold=0.2)
         for image in images:
             assert (image["file"], image["annotated"]) == (images[0]["file"], None)
-            assert [(d["label"], d["box"]) for d in image["detections"]] == [(d["label"], d["box"]) for d in alone]
+            inside = [(d["label"], within(d["box"], image)) for d in alone]
+            assert [(d["label"], d["box"]) for d in image["detections"]] == inside
             np.testing.assert_allclose(
                 [d["score"] for d in image["detections"]], [d["score"] for d in alone], rtol=1e-5
             )
@@ -164,7 +173,10 @@ def test_image_that_the_model_fails_on_does_not_take_its_batch_along(model_direc
 
     object.__setattr__(job, "detector", fails_on_one)
     report = job.run(progress=False)
-    assert [(Path(e["file"]).name, e["error"]) for e in report.errors] == [("2.png", "RuntimeError: out of memory")]
+    assert [Path(e["file"]).name for e in report.errors] == ["2.png"]
+    assert "memory" in report.errors[0]["error"]
+    assert "60 x 40 pixels" in report.errors[0]["error"]
+    assert "--batch_size" in report.errors[0]["error"]
     assert [Path(image["file"]).name for image in report.images] == ["0.png", "1.png", "3.png", "4.png", "5.png"]
 
 
@@ -240,6 +252,182 @@ def test_command_exit_codes(model_directory, pictures, tmp_path):
     nothing = command(pictures / "none.jpg")
     assert nothing.returncode == 2
     assert len(nothing.stderr.strip().splitlines()) == 1
+
+
+# --- what inputs, places and models can be wrong with ------------------------------------------------------------
+
+
+def test_images_that_meet_on_another_file_system_are_all_drawn(model_directory, tmp_path):
+    names = ["a.webp", "a.webp.png", "A.webp.png", "sub/aux.png", "x" * 250 + ".webp"]
+    for seed, name in enumerate(names):
+        save_image(tmp_path / "in" / name, seed=seed)
+    report = run(model_directory, [tmp_path / "in"], tmp_path / "out", threshold=0.0)
+    annotated = [image["annotated"] for image in report.images]
+    assert not report.errors
+    assert len({name.casefold() for name in annotated}) == len(names)
+    assert all((tmp_path / "out" / name).is_file() for name in annotated)
+    assert len(list((tmp_path / "out" / "annotated").rglob("*.png"))) == len(names)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_file_names_that_are_no_text(model_directory, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        save_image(tmp_path / "in" / name)
+    except OSError:
+        pytest.skip("this file system refuses them")
+    (tmp_path / "in" / "red\x1b[31m\n.png").touch()
+    report = run(model_directory, [tmp_path / "in"], tmp_path / "out")
+    assert Path(read(tmp_path / "out")["images"][0]["file"]) == tmp_path / "in" / name
+    report.summary().encode("utf-8")
+    assert r"red\x1b[31m\n.png: cannot be read" in report.summary()
+    assert "\x1b" not in report.summary()
+
+
+def test_pictures_do_not_take_the_place_of_images(model_directory, tmp_path):
+    image = save_image(tmp_path / "annotated" / "a.png")
+    before = image.read_bytes()
+    with pytest.raises(ValueError, match=r"would overwrite .*a\.png; give another --output_dir"):
+        run(model_directory, [image], tmp_path)
+    run(model_directory, [image], tmp_path, draw=False)
+    assert image.read_bytes() == before
+
+
+def test_images_on_several_drives(monkeypatch, tmp_path):
+    def refuse(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    monkeypatch.setattr(os.path, "commonpath", refuse)
+    monkeypatch.setattr(os.path, "splitdrive", lambda path: ("C:" if "one" in path else "D:", path))
+    assert picture_names([Path("/one/a.png"), Path("/two/a.png")]) == ["C/one/a.png", "D/two/a.png"]
+
+
+def test_frames_and_kinds_that_were_not_looked_at_are_said(model_directory, tmp_path):
+    frames = [Image.new("RGB", (40, 30), color) for color in ("red", "green")]
+    (tmp_path / "in").mkdir()
+    frames[0].save(tmp_path / "in" / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "in" / "b.HEIC").touch()
+    (tmp_path / "in" / "c.heic").touch()
+    (tmp_path / "clip.mp4").touch()
+    report = run(model_directory, [tmp_path / "in", tmp_path / "clip.mp4"], tmp_path / "out", draw=False)
+    content = read(tmp_path / "out")
+    assert [Path(file).name for file in content["first_frames"]] == ["a.gif"]
+    assert content["left_out"] == {".heic": 2}
+    assert [Path(error["file"]).name for error in content["errors"]] == ["clip.mp4"]
+    assert report.exit_code == 1
+    for said in ("a.gif", "2 .heic", "pillow-heif", "clip.mp4", "video"):
+        assert said in report.summary()
+
+
+def test_boxes_lie_within_their_image(model_directory, pictures, tmp_path, monkeypatch):
+    job = prepare_prediction(str(model_directory), [str(pictures / "a" / "0.png")], output_dir=str(tmp_path))
+    found = [{"score": 0.9, "label": "cat", "box": {"xmin": -5, "ymin": 3, "xmax": 70, "ymax": 900}}]
+    monkeypatch.setattr(type(job.detector), "__call__", lambda self, images, **options: [found for _ in images])
+    assert job.run(progress=False).images[0]["detections"][0]["box"] == {"xmin": 0, "ymin": 3, "xmax": 60, "ymax": 40}
+
+
+def test_weights_that_are_not_finite_are_refused(model_directory, pictures, tmp_path):
+    damaged = shutil.copytree(model_directory, tmp_path / "damaged")
+    model = DePerceiverForObjectDetection.from_pretrained(damaged)
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "class" in name)[0] = torch.nan
+    model.save_pretrained(damaged)
+    with pytest.raises(ValueError, match=r"1 weights of .*damaged.* are not finite"):
+        run(damaged, [pictures], tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_results_that_are_not_finite_are_errors_and_said_once(model_directory, tmp_path, value):
+    for number in range(12):
+        save_image(tmp_path / "in" / f"{number:02}.png", seed=number)
+    job = prepare_prediction(str(model_directory), [str(tmp_path / "in")], output_dir=str(tmp_path / "out"))
+    model = job.detector.model
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "class" in name).fill_(value)
+    report = job.run(progress=False)
+    assert report.exit_code == 1
+    assert not report.images
+    assert len(read(tmp_path / "out")["errors"]) == 12
+    (line,) = [line for line in report.summary().splitlines() if "not finite" in line]
+    assert "all 12 files, such as" in line
+
+
+def test_few_failures_are_named_and_many_of_one_kind_counted():
+    report = PredictionReport("m", 0.5, complete=True, images=[{"detections": []}])
+    report.errors = [{"file": f"{number}.png", "error": "broken"} for number in range(11)]
+    report.errors.append({"file": "x\n.png", "error": "other"})
+    lines = report.summary().splitlines()
+    assert "failed: 11 files, such as 0.png, 1.png, 2.png: broken" in lines
+    assert r"failed: x\n.png: other" in lines
+
+
+def test_too_little_memory_for_a_batch_is_said_and_images_go_alone(model_directory, tmp_path, caplog):
+    for number in range(3):
+        save_image(tmp_path / "in" / f"{number}.png", (64, 33), seed=number)
+    job = prepare_prediction(str(model_directory), [str(tmp_path / "in")], output_dir=str(tmp_path / "out"))
+    detector = job.detector
+
+    def small(images, **options):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return detector(images, **options)
+
+    small.model = detector.model
+    object.__setattr__(job, "detector", small)
+    report = job.run(progress=False)
+    assert len(report.images) == 3
+    assert not report.errors
+    (record,) = [record for record in caplog.records if "memory" in record.message]
+    assert "3 images of 64 x 33 pixels" in record.message
+    assert "--batch_size" in record.message
+
+
+def test_full_disk_ends_the_run_with_what_was_done(model_directory, pictures, tmp_path, monkeypatch):
+    save, calls = Image.Image.save, []
+
+    def full(self, path, **options):
+        calls.append(path)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, path, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device.*annotated"):
+        run(model_directory, [pictures], tmp_path / "out", batch_size=1)
+    content = read(tmp_path / "out")
+    assert not content["complete"]
+    assert [image["annotated"] is None for image in content["images"]] == [False, False, True]
+    assert explain(OSError(errno.ENOSPC, "No space left on device", "a.png")).code == 2
+
+
+def test_picture_that_cannot_be_written_is_an_error_of_its_file(model_directory, pictures, tmp_path, monkeypatch):
+    (tmp_path / "out" / "annotated" / "0.png").mkdir(parents=True)
+    inputs = [pictures / "a" / f"{number}.png" for number in range(3)]
+    report = run(model_directory, inputs, tmp_path / "out", threshold=0.0)
+    assert [Path(error["file"]).name for error in report.errors] == ["0.png"]
+    assert "cannot be written" in report.errors[0]["error"]
+    assert [len(image["detections"]) for image in report.images] == [7, 7, 7]
+    assert [image["annotated"] for image in report.images] == [None, "annotated/1.png", "annotated/2.png"]
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "annotated"])
+def test_places_of_results_that_are_taken(model_directory, pictures, tmp_path, name):
+    if name == "annotated":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=name):
+        run(model_directory, [pictures], tmp_path)
+
+
+def test_names_of_classes_that_the_models_config_confuses(model_directory, pictures, tmp_path):
+    job = prepare_prediction(
+        str(model_directory), [str(pictures / "a" / "0.png")], output_dir=str(tmp_path / "out"), threshold=0.0
+    )
+    job.detector.model.config.id2label = {0: "红", 1: "\x1b[31m", 2: "bird"}  # label2id is that of before
+    report = job.run(progress=False)
+    assert not report.errors
+    assert report.images[0]["annotated"] == "annotated/0.png"
 
 
 # --- pictures ----------------------------------------------------------------------------------------------------

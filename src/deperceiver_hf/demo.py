@@ -18,7 +18,7 @@ from .data.images import decode_rgb
 from .drawing import contact_sheet_rows, draw_contact_sheet, require_supervision
 from .evaluation.evaluator import evaluate_detector
 from .jobs import FunctionJob
-from .output_files import write_json
+from .output_files import as_path, atomic_path, write_json
 from .saved_models import load_detector
 from .training import DetectionTrainer, TrainingOptions
 from .training.recipes import recipe_options
@@ -83,7 +83,7 @@ def run_demo(output_dir: str | Path, max_steps: int | None = None) -> DemoResult
         ImportError: `supervision` is not installed.
     """
     require_supervision()
-    output_dir = Path(output_dir)
+    output_dir = as_path(output_dir)
     training = RunDirectory(output_dir / "training")
     options = demo_options(training.path, max_steps)
     trained_now = not training.is_finished
@@ -103,7 +103,8 @@ def run_demo(output_dir: str | Path, max_steps: int | None = None) -> DemoResult
     shown = load_detection_data(options.dataset, "val", max_samples=8)
     rows = contact_sheet_rows(shown, detect(model_dir, shown), threshold=THRESHOLD, max_images=8)
     contact_sheet = output_dir / "contact_sheet.png"
-    draw_contact_sheet(rows, shown.label_names, cell_width=320).save(contact_sheet)
+    with atomic_path(contact_sheet) as temporary:
+        draw_contact_sheet(rows, shown.label_names, cell_width=320).save(temporary)
     minutes, scenes = seconds / 60, options.max_train_samples
     return DemoResult(trained_now, minutes, scenes, metrics, model_dir, contact_sheet, metrics_file)
 

@@ -15,6 +15,8 @@ from pyarrow import ArrowException
 from safetensors import SafetensorError
 from yaml import YAMLError
 
+from .jobs import printable
+
 USER_ERROR_CODE, FAILURE_CODE, INTERRUPTED_CODE = 2, 1, 130  # what a command ends with
 
 
@@ -63,7 +65,7 @@ class Failure:
 def explain(error: BaseException) -> Failure:
     """What to say of an error that ends a command, whichever library raised it."""
     message = one_line(error)
-    if isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return Failure(
             f"the memory is not enough: {message} A smaller --batch_size, smaller images, a smaller model or fewer "
             "--num_workers need less.",
@@ -89,15 +91,20 @@ def explain(error: BaseException) -> Failure:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a GPU, was not enough."""
+    return isinstance(error, MemoryError) or _says(error, OUT_OF_MEMORY)
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error, or its kind if it has none, on one line.
+    """The message of an error, or its kind if it has none, on one line, printable.
 
     Of an error in a process that loads data the traceback is left out, which torch puts into the message.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if " in DataLoader worker process " in lines[0]:
         lines = [lines[-1].removeprefix(f"{type(error).__module__}.").removeprefix(f"{type(error).__qualname__}: ")]
-    return " ".join(" ".join(lines).split())
+    return printable(" ".join(" ".join(lines).split()))
 
 
 def _says(error: BaseException, phrases: tuple[str, ...]) -> bool:

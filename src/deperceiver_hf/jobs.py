@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one shape of all commands: arguments are prepared into a job, the job is run, its result says what came out."""
+"""The one shape of all commands: arguments are prepared into a job, the job is run, its result says what came out.
 
+What it says is for a terminal: see [`printable`].
+"""
+
+import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,6 +30,10 @@ class Job(Protocol):
 
 ResultType = TypeVar("ResultType", bound=Result)
 
+# Zero-width joiners belong to the spelling between letters of Persian, Hindi and others, and within emoji.
+_JOINER_IN_A_WORD = re.compile(r"(?<=[^\x00-\u05ff\u2000-\u206f])[\u200c\u200d](?=[^\x00-\u05ff\u2000-\u206f])")
+_UNSEEN_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, format (bidi, zero width), surrogates, separators
+
 
 @dataclass(frozen=True)
 class FunctionJob(Generic[ResultType]):
@@ -41,3 +50,22 @@ class FunctionJob(Generic[ResultType]):
     def run(self) -> ResultType:
         """Call the function."""
         return self.function(**self.options)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text of a user (names of classes and files) as it may be printed or drawn.
+
+    What a terminal would obey or nobody would see is escaped: control characters, line ends, marks of the writing
+    direction, characters of no width, bytes of a file name that are no text. `"\\x1b[31m"` becomes `r"\\x1b[31m"`.
+
+    Args:
+        text: Any.
+        keep: Characters that are left as they are, such as the line ends between lines of one's own.
+    """
+    joiners = {match.start() for match in _JOINER_IN_A_WORD.finditer(text)}
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _UNSEEN_CATEGORIES and character not in keep and place not in joiners
+        else character
+        for place, character in enumerate(text)
+    )

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from .errors import UserError
-from .output_files import write_json
+from .output_files import as_path, write_json
 
 PACKAGES = ("deperceiver-hf", "torch", "torchvision", "transformers", "accelerate", "timm", "pycocotools")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -317,7 +317,10 @@ def _fastest(candidates: dict[Any, Callable[[], None]], repeats: int) -> Any:
 
 def _remembered(key: str, measure: Callable[[], str]) -> str:
     """What was measured on this machine before, or is now; where no file can be kept, it is measured every time."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "deperceiver_hf" / "measured.json"
+    try:
+        path = as_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "deperceiver_hf" / "measured.json"
+    except UserError:  # a user without a home, as in containers
+        return measure()
     known: dict[str, str] = {}
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))

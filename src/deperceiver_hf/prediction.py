@@ -2,32 +2,56 @@
 """Detection on image files: JSON and annotated pictures, by way of transformers' `object-detection` pipeline."""
 
 import argparse
-import glob
+import contextlib
+import errno
+import functools
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import Pipeline, pipeline
 
 from .data.detections import Detections
-from .data.images import open_rgb
+from .data.image_files import IMAGE_SUFFIXES, FoundImages, describe_left_out, find_images, search_images
+from .data.images import has_more_frames, open_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
-from .errors import FAILURE_CODE, INTERRUPTED_CODE, UserError
+from .errors import FAILURE_CODE, INTERRUPTED_CODE, FailedRunError, UserError, is_out_of_memory, one_line
+from .jobs import printable
 from .machine import find_device
-from .output_files import atomic_path, require_writable_directory, write_json
+from .output_files import (
+    as_path,
+    atomic_path,
+    require_writable_directory,
+    require_writable_file,
+    unique_names,
+    write_json,
+)
 from .saved_models import load_detector, require_model_source
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".avif")
-)
-"""What is taken for an image in a directory or by a pattern. A file that is named itself may have any suffix."""
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "PredictionJob",
+    "PredictionReport",
+    "add_arguments",
+    "find_images",
+    "picture_names",
+    "prepare",
+    "prepare_prediction",
+]
+
+logger = logging.getLogger(__name__)
 
 JSON_NAME, PICTURE_DIRECTORY = "predictions.json", "annotated"
 BATCHES_IN_WAITING = 4  # images are read this many batches ahead to find some of equal size
+NAMED_IN_SUMMARY = 10  # files that failed for one reason are all named up to this number
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no further picture can be written either
 
 
 @dataclass
@@ -41,7 +65,9 @@ class PredictionReport:
         images: for each file `{"file", "width", "height", "detections", "annotated"}`. Detections are the pipeline's,
             `{"score", "label", "box": {"xmin", "ymin", "xmax", "ymax"}}` in pixels of the image as a viewer shows it
             (turned as its EXIF data say); `annotated` is the picture's path relative to the JSON file, or `None`.
-        errors: for each file that failed `{"file", "error"}`.
+        errors: for each file that failed, also if only its picture could not be drawn, `{"file", "error"}`.
+        first_frames: files of several frames or pages, of which the first was looked at.
+        left_out: how many files of each suffix lay in the directories, or matched, but are of kinds that are not read.
         json_path: the JSON file; not in it.
     """
 
@@ -50,6 +76,8 @@ class PredictionReport:
     complete: bool = False
     images: list[dict[str, Any]] = field(default_factory=list)
     errors: list[dict[str, str]] = field(default_factory=list)
+    first_frames: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     json_path: Path | None = None
 
     @property
@@ -64,13 +92,27 @@ class PredictionReport:
         return {name: value for name, value in vars(self).items() if name != "json_path"}
 
     def summary(self) -> str:
-        """The counts, and the files that failed, one a line."""
+        """The counts, the files that failed and why, and what else there is to know of the inputs."""
         count = sum(len(image["detections"]) for image in self.images)
-        lines = [f"{count} detections on {len(self.images)} images, {len(self.errors)} files failed."]
-        lines += [f"failed: {error['file']}: {error['error']}" for error in self.errors]
+        failed: dict[str, list[str]] = {}
+        for error in self.errors:
+            failed.setdefault(printable(error["error"]), []).append(printable(error["file"]))
+        lines = [f"{count} detections on {len(self.images)} images, {sum(map(len, failed.values()))} files failed."]
+        for reason, files in failed.items():
+            if len(files) <= NAMED_IN_SUMMARY:
+                lines += [f"failed: {file}: {reason}" for file in files]
+            else:
+                all_of_them = "" if self.images or len(failed) > 1 else "all "
+                lines.append(f"failed: {all_of_them}{len(files)} files, such as {', '.join(files[:3])}: {reason}")
+        if self.first_frames:
+            named = ", ".join(map(printable, self.first_frames[:3]))
+            more = f" and {len(self.first_frames) - 3} more" if len(self.first_frames) > 3 else ""
+            lines.append(f"Of several frames or pages the first was looked at: {named}{more}")
+        if self.left_out:
+            lines.append(f"Left out: {describe_left_out(self.left_out)}")
         if not self.complete:
             lines.append("Interrupted: the other files were not looked at.")
-        return "\n".join([*lines, f"Results: {self.json_path}"] if self.json_path else lines)
+        return "\n".join([*lines, f"Results: {printable(str(self.json_path))}"] if self.json_path else lines)
 
 
 @dataclass(frozen=True)
@@ -79,11 +121,15 @@ class PredictionJob:
 
     model: str
     detector: Pipeline
-    files: list[Path]
+    found: FoundImages
     output_dir: Path
     threshold: float
     batch_size: int
     draw: bool
+
+    @property
+    def files(self) -> list[Path]:
+        return self.found.files
 
     @property
     def json_path(self) -> Path:
@@ -92,26 +138,35 @@ class PredictionJob:
     def run(self, progress: bool = True) -> PredictionReport:
         """Detect on all files, and write JSON and pictures.
 
-        A file that fails is recorded and the others go on. After Ctrl-C, and after an error that ends the run, what is
-        done by then is in the JSON file. Files of an earlier run are overwritten where the names are the same;
-        nothing else is touched.
+        A file that fails is recorded and the others go on. After Ctrl-C, and after an error that ends the run, such as
+        a full disk, what is done by then is in the JSON file. Files of an earlier run are overwritten where the names
+        are the same; nothing else is touched.
+
+        Raises:
+            OSError: pictures or the JSON file cannot be written.
         """
-        report = PredictionReport(self.model, self.threshold, json_path=self.json_path)
+        report = PredictionReport(
+            self.model, self.threshold, left_out=self.found.counts_left_out, json_path=self.json_path
+        )
+        report.errors += [
+            {"file": path, "error": f"cannot be read as an image: {reason}"}
+            for path, reason in self.found.refused.items()
+        ]
         names = dict(zip(self.files, picture_names(self.files), strict=True))
         try:
-            with tqdm(total=len(self.files), desc="Detecting", disable=not progress) as bar:
+            with _log_above_progress(), tqdm(total=len(self.files), desc="Detecting", disable=not progress) as bar:
                 for batch in self._batches(report, bar):
                     for path, image, detections in self._detect(batch, report):
-                        annotated = self._draw(names[path], image, detections) if self.draw else None
-                        report.images.append(
-                            {
-                                "file": str(path),
-                                "width": image.width,
-                                "height": image.height,
-                                "detections": detections,
-                                "annotated": annotated,
-                            }
-                        )
+                        entry: dict[str, Any] = {
+                            "file": str(path),
+                            "width": image.width,
+                            "height": image.height,
+                            "detections": detections,
+                            "annotated": None,
+                        }
+                        report.images.append(entry)
+                        if self.draw:
+                            entry["annotated"] = self._draw(path, names[path], image, detections, report)
                     bar.update(len(batch))
             report.complete = True
         except KeyboardInterrupt:
@@ -119,7 +174,8 @@ class PredictionJob:
         finally:
             position = {str(path): index for index, path in enumerate(self.files)}
             for entries in (report.images, report.errors):
-                entries.sort(key=lambda entry: position[entry["file"]])
+                entries.sort(key=lambda entry: position.get(entry["file"], len(position)))
+            report.first_frames.sort(key=position.__getitem__)
             write_json(self.json_path, report.to_dict())
         return report
 
@@ -133,6 +189,8 @@ class PredictionJob:
                 report.errors.append({"file": str(path), "error": f"cannot be read as an image: {error}"})
                 bar.update(1)
                 continue
+            if has_more_frames(path):
+                report.first_frames.append(str(path))
             waiting.setdefault(image.size, []).append((path, image))
             if len(waiting[image.size]) == self.batch_size:
                 yield waiting.pop(image.size)
@@ -146,22 +204,56 @@ class PredictionJob:
         images = [image for _, image in batch]
         try:
             found = self.detector(images, threshold=self.threshold, batch_size=len(images))
-        except Exception as error:
-            # Whatever a processor or model makes of an odd image must not end the run; the others are tried alone.
-            if len(batch) > 1:
-                return [result for single in batch for result in self._detect([single], report)]
-            report.errors.append({"file": str(batch[0][0]), "error": f"{type(error).__name__}: {error}"})
-            return []
-        return [(path, image, detections) for (path, image), detections in zip(batch, found, strict=True)]
+        except Exception as error:  # whatever a processor or model makes of an odd image must not end the run
+            reason = self._reason(error, batch)
+        else:
+            for image, detections in zip(images, found, strict=True):
+                for detection in detections:
+                    detection["box"] = _within(detection["box"], image.size)
+            return [(path, image, detections) for (path, image), detections in zip(batch, found, strict=True)]
+        # Here, where the error no longer holds what the call took of the memory, the others are tried alone.
+        if len(batch) > 1:
+            return [result for single in batch for result in self._detect([single], report)]
+        report.errors.append({"file": str(batch[0][0]), "error": reason})
+        return []
 
-    def _draw(self, name: str, image: Image.Image, detections: list[dict]) -> str:
-        config = self.detector.model.config
-        found = Detections.from_pipeline(name, detections, config.label2id)
-        picture = draw_boxes(image, Boxes(found.boxes, found.labels, found.scores), config.id2label)
+    def _reason(self, error: Exception, batch: list[tuple[Path, Image.Image]]) -> str:
+        """What to say of an error of the detector."""
+        if is_out_of_memory(error):
+            pixels = "{} x {} pixels".format(*batch[0][1].size)
+            if len(batch) > 1:
+                _warn_once(
+                    f"The memory is not enough for {len(batch)} images of {pixels} at a time; they are tried one by "
+                    "one. A smaller --batch_size needs less."
+                )
+            return (
+                f"the memory is not enough for an image of {pixels}, even with --batch_size 1; a smaller image, or a "
+                "smaller `size` in preprocessor_config.json, needs less"
+            )
+        return str(error) if isinstance(error, FailedRunError) else f"{type(error).__name__}: {one_line(error)}"
+
+    def _draw(
+        self, path: Path, name: str, image: Image.Image, detections: list[dict], report: PredictionReport
+    ) -> str | None:
+        """Write the picture; its name in the output directory, or `None` if it failed, which is in the report then.
+
+        Raises:
+            OSError: no other picture could be written either.
+        """
+        id2label = self.detector.model.config.id2label
+        found = Detections.from_pipeline(name, detections, {text: label for label, text in id2label.items()})
         target = self.output_dir / PICTURE_DIRECTORY / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(target) as temporary:
-            picture.save(temporary, quality=92)
+        try:
+            picture = draw_boxes(image, Boxes(found.boxes, found.labels, found.scores), id2label)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target) as temporary:
+                picture.save(temporary, quality=92)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in NO_PLACE:
+                raise
+            reason = f"the picture with detections cannot be written: {type(error).__name__}: {one_line(error)}"
+            report.errors.append({"file": str(path), "error": reason})
+            return None
         return f"{PICTURE_DIRECTORY}/{name}"
 
 
@@ -205,7 +297,8 @@ def prepare_prediction(
 
     Args:
         model: directory of a saved model with its image processor, or a Hub id.
-        inputs: image files, directories (searched recursively) or glob patterns (`**` for any directories).
+        inputs: image files, directories (searched recursively) or glob patterns (`**` for any directories); see
+            `search_images`.
         output_dir: directory for `predictions.json` and the pictures in `annotated/`, made if need be.
         threshold: lowest score of a detection, in [0, 1].
         batch_size: images that go through the model at a time, if that many are of one size.
@@ -215,7 +308,7 @@ def prepare_prediction(
     Raises:
         ImportError: pictures were asked for and `supervision` is not installed.
         OSError: model, inputs or output directory are not there or not usable.
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, an input is a URL or a video, or a picture would overwrite an image.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold must be in [0, 1], got {threshold}.")
@@ -224,70 +317,66 @@ def prepare_prediction(
     require_model_source(model)
     if draw:
         require_supervision()
-    files = find_images(inputs, leave_out=Path(output_dir) / PICTURE_DIRECTORY)
-    directory = require_writable_directory(output_dir)
+    directory = as_path(output_dir)
+    found = search_images(inputs, leave_out=directory / PICTURE_DIRECTORY)
+    require_writable_file(directory / JSON_NAME)
+    if draw:
+        pictures = require_writable_directory(directory / PICTURE_DIRECTORY)
+        _require_other_files(found.files, pictures, picture_names(found.files))
     chosen = find_device(device)
     detector, image_processor = load_detector(model)
     runner = pipeline("object-detection", model=detector, image_processor=image_processor, device=chosen)
-    return PredictionJob(str(model), runner, files, directory, threshold, batch_size, draw)
-
-
-def find_images(inputs: Sequence[str], leave_out: str | os.PathLike | None = None) -> list[Path]:
-    """The image files that the inputs stand for, each once, in the order of the inputs and sorted within each.
-
-    Args:
-        inputs: files, directories or glob patterns. Hidden files in directories are left out.
-        leave_out: directory whose files are not taken from directories and patterns: pictures of an earlier run.
-
-    Raises:
-        FileNotFoundError: an input is not there, or stands for no images.
-    """
-    excluded = None if leave_out is None else Path(leave_out).resolve()
-    found: dict[str, Path] = {}  # by absolute path
-    for entry in map(str, inputs):
-        if os.path.isfile(entry):
-            paths = [Path(entry)]
-        elif os.path.isdir(entry):
-            paths = _images_below(Path(entry), excluded)
-        elif glob.has_magic(entry):
-            matches = [Path(match) for match in sorted(glob.glob(entry, recursive=True))]
-            paths = [path for path in matches if path.is_file() and _is_wanted(path, excluded)]
-            # `**` brings the directories' files by itself
-            if not paths:
-                paths = [path for match in matches if match.is_dir() for path in _images_below(match, excluded)]
-        else:
-            raise FileNotFoundError(f"There is no file or directory {entry}.")
-        if not paths:
-            raise FileNotFoundError(
-                f"No images in {entry}; looked for files ending in {' '.join(sorted(IMAGE_SUFFIXES))}."
-            )
-        for path in paths:
-            found.setdefault(os.path.abspath(path), path)
-    if not found:
-        raise FileNotFoundError("No inputs were given.")
-    return list(found.values())
+    runner.model.register_forward_hook(_refuse_not_finite)
+    return PredictionJob(str(model), runner, found, directory, threshold, batch_size, draw)
 
 
 def picture_names(files: Sequence[Path]) -> list[str]:
     """A name for the annotated picture of each file, all different: its path from where the paths part.
 
-    Formats other than JPEG and PNG become PNG (`a.webp` is drawn as `a.webp.png`).
+    Formats other than JPEG and PNG become PNG (`a.webp` is drawn as `a.webp.png`). See [`unique_names`] for names that
+    would meet, or that another system would refuse.
     """
     absolute = [os.path.abspath(path) for path in files]
-    root = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    names = [Path(os.path.relpath(path, root)).as_posix() for path in absolute]
-    return [name if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.png" for name in names]
+    try:
+        root = os.path.commonpath([os.path.dirname(path) for path in absolute])
+        relative = [os.path.relpath(path, root) for path in absolute]
+    except ValueError:  # on several drives
+        drives = [os.path.splitdrive(path) for path in absolute]
+        relative = [f"{drive.strip(':')}{rest}".lstrip(os.sep) for drive, rest in drives]
+    names = [Path(name).as_posix() for name in relative]
+    return unique_names([n if Path(n).suffix.lower() in (".jpg", ".jpeg", ".png") else f"{n}.png" for n in names])
 
 
-def _images_below(directory: Path, excluded: Path | None) -> list[Path]:
-    return [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
-        and _is_wanted(path, excluded)
-    ]
+def _require_other_files(files: Sequence[Path], directory: Path, names: Sequence[str]) -> None:
+    """Refuse pictures that would take the place of the images that they are drawn on, or of others among them."""
+    originals = {os.path.realpath(path) for path in files}
+    for name in names:
+        if (target := os.path.realpath(directory / name)) in originals:
+            raise UserError(f"the picture with detections would overwrite {target}; give another --output_dir.")
 
 
-def _is_wanted(path: Path, excluded: Path | None) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not (excluded and excluded in path.resolve().parents)
+def _refuse_not_finite(module: torch.nn.Module, inputs: tuple, outputs: Mapping[str, Any]) -> None:
+    """A forward hook: what is compared with a threshold is a number, or nothing would be found without a word."""
+    logits, boxes = outputs["logits"], outputs["pred_boxes"]
+    # Some models say by a logit of minus infinity that a class is none of theirs.
+    if bool(torch.isnan(logits).any() | torch.isposinf(logits).any()) or not bool(torch.isfinite(boxes).all()):
+        raise FailedRunError(
+            "the model's scores or boxes are not finite (NaN or infinite): its weights are damaged, or from a "
+            "training that failed"
+        )
+
+
+def _within(box: Mapping[str, int], size: tuple[int, int]) -> dict[str, int]:
+    """A box cut off at the border of its image, of (width, height)."""
+    return {side: min(max(value, 0), size[side.startswith("y")]) for side, value in box.items()}
+
+
+def _log_above_progress() -> contextlib.AbstractContextManager:
+    """Within, what is shown of the package's log has its own lines and does not stand behind the progress bar."""
+    of_package = logging.getLogger(__package__)
+    return logging_redirect_tqdm([of_package]) if of_package.handlers else contextlib.nullcontext()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..output_files import as_path
 from ..training import TrainingOptions
 from ..training.architectures import ModelOptions
 from ..training.arguments import make_parser
@@ -103,6 +104,7 @@ class ComparisonOptions:
     command: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", as_path(self.output_dir))
         if self.minutes is None and self.steps is None:
             raise UserError("give --minutes, --steps or both: how long every model is trained.")
         names = [model.name for model in self.models]

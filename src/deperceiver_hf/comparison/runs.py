@@ -257,7 +257,7 @@ def _has_failed(directory: Path) -> bool:
 def _locked(directory: Path) -> Iterator[None]:
     """Keep other processes out of a run; a process that dies lets go of it."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
+    with (directory / ".lock").open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,7 +18,7 @@ from ..jobs import FunctionJob
 from ..model_cards import make_model_card
 from ..models.image_processing_deperceiver import DePerceiverImageProcessor
 from ..models.modeling_deperceiver import DePerceiverForObjectDetection
-from ..output_files import require_writable_directory
+from ..output_files import as_path, require_writable_directory
 from ..saved_models import load_detector
 from .original_checkpoint import load_original
 
@@ -114,7 +114,7 @@ def convert_checkpoint(
         OSError: A file is missing or cannot be written, or the Hub cannot be reached.
         ValueError: The file is no checkpoint of a DePerceiver, or an argument contradicts it.
     """
-    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
+    checkpoint, output_dir = as_path(checkpoint), as_path(output_dir)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {checkpoint}.")
     if output_dir.exists() and not output_dir.is_dir():

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Annotations of any origin, checked, repaired and arranged as the columns of detection records."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from .boxes import BoxFormat
+from .fields import INT64, Id, as_boxes, as_integer, as_number, as_truth
 from .images import ImageHeader, UnreadableImageError, seen_sizes
+from .plausibility import check_box_format, made_smaller_or_larger
 from .records import BORDER_TOLERANCE, LoadingReport
+
+MOST_PIXELS = 2**31  # of a side: more is no size
 
 
 @dataclass
@@ -27,7 +33,7 @@ class AnnotationList:
         self.label.append(label)
         self.bbox.append(bbox)
         self.area.append(area)
-        self.iscrowd.append(bool(iscrowd))
+        self.iscrowd.append(iscrowd)
         self.id.append(id)
 
     def of_images(self, kept: np.ndarray) -> "AnnotationList":
@@ -47,16 +53,28 @@ class ImageList:
         headers: An error with the reason for an image that cannot be read.
         stated_sizes: Width and height that the annotations state; `None` where they do not.
         names: For messages.
+        own_ids: The ids that the data set's files have, where they are others; see [`DetectionData`].
     """
 
     ids: np.ndarray
     headers: Sequence[ImageHeader | UnreadableImageError]
     stated_sizes: Sequence[tuple[int, int] | None]
     names: Sequence[str]
+    own_ids: Mapping[int, Id] = field(default_factory=dict)
+
+
+def stated_size(width: Any, height: Any, name: str, report: LoadingReport) -> tuple[int, int] | None:
+    """Width and height of an image as its annotations state them, `None` where they do not; what is no size is
+    reported under the image's name."""
+    given = [as_integer(value) for value in (width, height) if value is not None]
+    sides = [side for side in given if side is not None and 0 < side < MOST_PIXELS]
+    if len(sides) < len(given):
+        report.add("invalid_size", f"{name}: width {width!r}, height {height!r}")
+    return (sides[0], sides[1]) if len(sides) == 2 else None
 
 
 def assemble(
-    images: ImageList, annotations: AnnotationList, report: LoadingReport
+    images: ImageList, annotations: AnnotationList, report: LoadingReport, bbox_format: str | None = None
 ) -> tuple[np.ndarray, dict[str, pa.Array]]:
     """What every loader does with what it has found: leave out images that cannot be read, decide on sizes and frames
     of the others, check and arrange their annotations.
@@ -65,19 +83,69 @@ def assemble(
         images: All images.
         annotations: Of any of them, by their index.
         report: Is told what was left out and repaired.
+        bbox_format: One of `BOX_FORMATS`; by default `xywh`, which is refused where the boxes are plainly something
+            else.
 
     Returns:
         The indices (K,) of the images that can be read, and the columns of `DETECTION_FEATURES` for them, but for the
         image.
+
+    Raises:
+        ValueError: The boxes are in another format, or those of images of another size.
     """
     for name, header in zip(images.names, images.headers, strict=True):
         if isinstance(header, UnreadableImageError):
-            report.add("unreadable_image", f"{name}: {header}")
+            report.add(header.issue, f"{name}: {header}")
     readable = {row: header for row, header in enumerate(images.headers) if isinstance(header, ImageHeader)}
     kept, headers = np.array(list(readable), dtype=np.int64), list(readable.values())
     stated, names = ([values[row] for row in kept] for values in (images.stated_sizes, images.names))
-    sizes, rotations = seen_sizes(headers, stated, names, report)
-    return kept, record_columns(images.ids[kept], sizes, annotations.of_images(kept), report, rotations)
+    sizes, rotations, differs = seen_sizes(headers, stated, names, report)
+    annotations = annotations.of_images(kept)
+    boxes, scales = _boxes_as_seen(annotations, sizes, stated, rotations, differs, bbox_format, report)
+    for row in np.flatnonzero(differs):
+        issue = "size_mismatch" if (scales[row] == 1).all() else "rescaled_image"
+        report.add(issue, f"{names[row]} is {headers[row].seen_size}, stated {stated[row]} (width, height)")
+    if (scales != 1).any():
+        factors = scales.prod(axis=1)[annotations.image_index]
+        annotations.area = [
+            area if area is None or factor == 1 else as_number(area) * factor
+            for area, factor in zip(annotations.area, factors, strict=True)
+        ]
+    return kept, record_columns(images.ids[kept], sizes, annotations, report, boxes, images.own_ids)
+
+
+def _boxes_as_seen(
+    annotations: AnnotationList,
+    sizes: np.ndarray,  # (K, 2) width, height as seen
+    stated: Sequence[tuple[int, int] | None],
+    rotations: np.ndarray,  # (K,)
+    differs: np.ndarray,  # (K,)
+    bbox_format: str | None,
+    report: LoadingReport,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes (N, 4) as (x, y, width, height) in pixels of the images as seen, and by what those of each image were
+    scaled (K, 2)."""
+    form = BoxFormat.parse(bbox_format or "xywh")
+    image_index = np.asarray(annotations.image_index, dtype=np.int64)
+    given, named = as_boxes(annotations.bbox)
+    turned = (rotations >= 5)[:, None]
+    frames = np.where(turned, sizes[:, ::-1], sizes).astype(np.float64)  # that the boxes are drawn in
+    scales = np.ones_like(frames)
+    if form.whole is None and differs.any():
+        stated_sizes = np.array(
+            [size if size and other else (0, 0) for size, other in zip(stated, differs, strict=True)]
+        )
+        boxes = form.to_xywh(given, frames[image_index], named)
+        resized = made_smaller_or_larger(boxes, image_index, sizes, stated_sizes, report)
+        frames[resized] = stated_sizes[resized]
+        scales[resized] = sizes[resized] / stated_sizes[resized]
+    check_box_format(given, named, frames[image_index], image_index, form, bbox_format is not None, report)
+    boxes = form.to_xywh(given, frames[image_index], named)
+    if (rotations != 1).any():
+        boxes = rotate_boxes(boxes, rotations[image_index], sizes[image_index])
+    if (scales != 1).any():
+        boxes = boxes * np.concatenate([scales, scales], axis=1)[image_index]
+    return boxes, scales
 
 
 def record_columns(
@@ -85,17 +153,17 @@ def record_columns(
     sizes: np.ndarray,  # (N, 2) width, height as seen
     annotations: AnnotationList,
     report: LoadingReport,
-    rotations: np.ndarray | None = None,  # (N,) EXIF orientation still to be applied to the boxes, 1 for none
+    boxes: np.ndarray | None = None,  # (M, 4) xywh in pixels, if not those of the annotations
+    own_ids: Mapping[int, Id] | None = None,  # of images, for messages
 ) -> dict[str, pa.Array]:
     """Check the annotations and arrange them as the columns of `DETECTION_FEATURES`, but for the image."""
     image_index = np.asarray(annotations.image_index, dtype=np.int64)
-    boxes = _as_boxes(annotations.bbox)
-    if rotations is not None and (rotations != 1).any():
-        boxes = rotate_boxes(boxes, rotations[image_index], sizes[image_index])
+    boxes = as_boxes(annotations.bbox)[0] if boxes is None else boxes.copy()
 
     def describe(position: int) -> str:
-        image_id, box = image_ids[image_index[position]], annotations.bbox[position]
-        return f"image_id {image_id}, annotation id {annotations.id[position]}, bbox {box!r}"
+        image_id = int(image_ids[image_index[position]])
+        own_id, box = (own_ids or {}).get(image_id, image_id), annotations.bbox[position]
+        return f"image_id {own_id}, annotation id {annotations.id[position]}, bbox {str(box)[:100]}"
 
     def note(issue: str, flags: np.ndarray) -> None:
         if flags.any():
@@ -104,12 +172,14 @@ def record_columns(
     width, height = sizes[image_index].astype(np.float64).T
     finite = np.isfinite(boxes).all(axis=1)
     positive = finite & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
-    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    limits = np.stack([width, height], axis=1)
-    clipped_low, clipped_high = low.clip(0, limits), high.clip(0, limits)
-    inside = (clipped_high > clipped_low).all(axis=1)
-    keep = positive & inside
-    excess = np.maximum(clipped_low - low, high - clipped_high).max(axis=1, initial=0)
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers at the end of the floats
+        low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+        limits = np.stack([width, height], axis=1)
+        clipped_low, clipped_high = low.clip(0, limits), high.clip(0, limits)
+        # A box that has no extent in float32, in which models compute, has none.
+        inside = (clipped_high.astype(np.float32) > clipped_low.astype(np.float32)).all(axis=1)
+        keep = positive & inside
+        excess = np.maximum(clipped_low - low, high - clipped_high).max(axis=1, initial=0)
     note("invalid_box", ~finite)
     note("empty_box", finite & ~positive)
     note("box_outside_image", positive & ~inside)
@@ -118,9 +188,9 @@ def record_columns(
     moved = keep & (excess > 0)
     boxes[moved] = np.concatenate([clipped_low, clipped_high - clipped_low], axis=1)[moved]
 
-    area = np.asarray([_as_float(value) for value in annotations.area], dtype=np.float64)
+    area = np.asarray([as_number(value) for value in annotations.area], dtype=np.float64)
     stated = np.asarray([value is not None for value in annotations.area], dtype=bool)
-    usable = np.isfinite(area) & (area > 0)
+    usable = (area > 0) & (area < np.finfo(np.float32).max)
     note("invalid_area", keep & stated & ~usable)
     area = np.where(usable, area, boxes[:, 2] * boxes[:, 3])
 
@@ -128,7 +198,9 @@ def record_columns(
     order = order[np.argsort(image_index[order], kind="stable")]
     objects_per_image = np.bincount(image_index[order], minlength=len(image_ids))
     offsets = pa.array(np.concatenate([[0], np.cumsum(objects_per_image)]), type=pa.int32())
-    crowd = np.asarray(annotations.iscrowd, dtype=bool)[order]
+    crowds = [False if value is None else as_truth(value) for value in annotations.iscrowd]
+    note("invalid_crowd", keep & np.array([value is None for value in crowds], dtype=bool))
+    crowd = np.array(crowds, dtype=bool)[order]
     ids, replaced = _as_annotation_ids([annotations.id[i] for i in order])
     if any(annotations.id[i] is not None for i in order):  # a data set without any ids needs no remark
         flags = np.zeros(len(keep), dtype=bool)
@@ -182,47 +254,20 @@ def rotate_boxes(boxes: np.ndarray, orientations: np.ndarray, sizes: np.ndarray)
     return np.where((orientations >= 5)[:, None], turned, boxes)
 
 
-def as_integer(value) -> int | None:
-    """An id as an integer: `7`, `7.0` and `"7"` are 7; anything else is `None`."""
-    if isinstance(value, bool) or value is None:
-        return None
-    try:
-        number = int(value)
-        return number if isinstance(value, str) or number == value else None
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _as_float(value) -> float:
-    try:
-        return float("nan") if value is None else float(value)
-    except (TypeError, ValueError):
-        return float("nan")
-
-
-def _as_boxes(values: list) -> np.ndarray:
-    """(N, 4) float64; a box that is not four numbers becomes NaN."""
-    try:
-        boxes = np.array(values, dtype=np.float64)
-        if boxes.shape == (len(values), 4):
-            return boxes
-    except (TypeError, ValueError):
-        pass
-    boxes = np.full((len(values), 4), np.nan)
-    for row, value in enumerate(values):
-        if isinstance(value, (list, tuple, np.ndarray)) and len(value) == 4:
-            boxes[row] = [_as_float(coordinate) for coordinate in value]
-    return boxes
-
-
 def _as_annotation_ids(values: list) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct integers, and which of them are new (missing, repeated or no integer before)."""
+    """Distinct integers, and which of them are new (missing, repeated or no integer of 64 bits before)."""
     numbers = [as_integer(value) for value in values]
-    next_id = max((number for number in numbers if number is not None), default=0) + 1
+    numbers = [number if number is not None and number in INT64 else None for number in numbers]
+    used = {number for number in numbers if number is not None}
+    next_id = max(used, default=0) + 1
+    if next_id + len(values) not in INT64:
+        next_id = 1
     seen: set[int] = set()
     replaced = np.zeros(len(values), dtype=bool)
     for position, number in enumerate(numbers):
         if number is None or number in seen:
+            while next_id in used:
+                next_id += 1
             numbers[position], replaced[position] = next_id, True
             next_id += 1
         else:

@@ -1,8 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two formats of boxes in pixels: corners, which models and drawing speak, and COCO's, which files hold."""
+"""The formats of boxes: corners, which models and drawing speak, COCO's, and those of other tools' files."""
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
+
+from ..errors import UserError
+
+LAYOUTS = {
+    "xywh": "left, top, width, height",
+    "xyxy": "left, top, right, bottom",
+    "cxcywh": "centre x, centre y, width, height",
+}
+UNITS = {
+    "pixels": None,
+    "relative": 1,
+    "percent": 100,
+    "permille": 1000,
+}  # what a whole side of the image is
+BOX_FORMATS = tuple(
+    layout if unit == "pixels" else f"{layout}_{unit}" for unit in UNITS for layout in LAYOUTS
+)  # e.g. xyxy, cxcywh_relative
+
+
+@dataclass(frozen=True)
+class BoxFormat:
+    """How a file writes boxes.
+
+    Attributes:
+        layout: Key of `LAYOUTS`.
+        unit: Key of `UNITS`.
+    """
+
+    layout: str = "xywh"
+    unit: str = "pixels"
+
+    @classmethod
+    def parse(cls, name: str) -> "BoxFormat":
+        """The format of a name in `BOX_FORMATS`.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in BOX_FORMATS:
+            raise UserError(f"bbox_format must be one of {', '.join(BOX_FORMATS)}, got {name!r}")
+        layout, _, unit = name.partition("_")
+        return cls(layout, unit or "pixels")
+
+    def __str__(self) -> str:
+        return self.layout if self.unit == "pixels" else f"{self.layout}_{self.unit}"
+
+    @property
+    def description(self) -> str:
+        """The format in words."""
+        whole = UNITS[self.unit]
+        return f"{LAYOUTS[self.layout]} " + ("in pixels" if whole is None else f"from 0 to {whole}")
+
+    @property
+    def whole(self) -> int | None:
+        """The number for a whole side of an image; `None` for pixels."""
+        return UNITS[self.unit]
+
+    def to_xywh(self, boxes: np.ndarray, sizes: np.ndarray, named: np.ndarray | bool = False) -> np.ndarray:
+        """Boxes as (x, y, width, height) in pixels.
+
+        Args:
+            boxes: (N, 4) in this format.
+            sizes: (N, 2) width and height of the image of each box in pixels.
+            named: (N,) boxes whose layout is (x, y, width, height) already, whatever the format's is.
+
+        Returns:
+            (N, 4); `boxes` itself where nothing is to be done.
+        """
+        if self.layout != "xywh":
+            first, second = boxes[:, :2], boxes[:, 2:]
+            parts = [first, second - first] if self.layout == "xyxy" else [first - second / 2, second]
+            boxes = np.where(np.reshape(named, (-1, 1)), boxes, np.concatenate(parts, axis=1))
+        return boxes if self.whole is None else boxes * (np.concatenate([sizes, sizes], axis=1) / self.whole)
 
 
 def xyxy_to_xywh(boxes: ArrayLike, dtype: DTypeLike = np.float64) -> np.ndarray:

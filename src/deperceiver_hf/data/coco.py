@@ -5,34 +5,62 @@ Recognised for a split `S` (and its aliases, `val` = `validation` = `valid`):
 
 - `annotations/instances_S2017.json` with the images in `S2017/` (COCO),
 - `annotations/instances_S.json` with the images in `S/`,
-- `S/_annotations.coco.json` beside its images (Roboflow's export).
+- `S/_annotations.coco.json` beside its images (Roboflow's export),
+- any other JSON file with COCO's content that has `S` in its name or is in a directory `S`; and if there is only one
+  such file and no split in its name (`result.json` of Label Studio), that one as the training split.
 
-Images may also lie in `images/S2017/` or `images/S/`, or be named relative to the directory. Files are referenced by
-path. Nothing is cached: a changed annotation file or image is seen at the next loading.
+Images may also lie in `images/S2017/` or `images/S/`, or be named relative to the directory (see `annotated_files`).
+Files are referenced by path. Nothing is cached: a changed annotation file or image is seen at the next loading.
 """
 
+import gzip
 import json
-import os
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from datasets import Dataset
 
 from ..errors import UserError
-from .annotations import AnnotationList, ImageList, as_integer, assemble, image_path_column
-from .images import read_headers
-from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
+from .annotated_files import FoundFile, find_image_files
+from .annotations import AnnotationList, ImageList, assemble, image_path_column, stated_size
+from .fields import Id, IdTable, as_id, as_text, category_order, is_text, record_ids
+from .images import UnreadableImageError, read_headers
+from .layouts import ANNOTATION_DIRECTORIES, EXPECTED, ROBOFLOW_FILE, annotation_files
+from .records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, split_aliases
 
-ROBOFLOW_FILE = "_annotations.coco.json"
+# Other annotations of the same images, which a split has beside those of its instances.
+_OTHER_TASKS = ("caption", "panoptic", "keypoint", "stuff", "image_info", "segm")
 
 
-def is_coco_directory(root: Path) -> bool:
-    """Whether a directory has an `annotations` directory, or a split in Roboflow's layout."""
-    return (root / "annotations").is_dir() or any(root.glob(f"*/{ROBOFLOW_FILE}"))
+@dataclass(frozen=True)
+class CocoSplit:
+    """Where the annotations of a split are, and the images that they name.
+
+    Attributes:
+        root: the data directory, below which the images are.
+        annotation_file: JSON in COCO's format.
+        image_directories: that are there, in the order in which file names are looked up.
+        usual: where the images would be in COCO's layout.
+    """
+
+    root: Path
+    annotation_file: Path
+    image_directories: list[Path]
+    usual: list[Path]
 
 
 def load_coco_directory(
-    root: Path, split: str, *, strict: bool = False, max_samples: int | None = None
+    path: Path,
+    split: str,
+    *,
+    strict: bool = False,
+    max_samples: int | None = None,
+    bbox_format: str | None = None,
+    allow_outside: bool = False,
 ) -> DetectionData:
     """Load a split of a directory in COCO's layout.
 
@@ -40,45 +68,76 @@ def load_coco_directory(
     marked. What is broken is left out or repaired, counted in the report and logged once.
 
     Args:
-        root: the directory.
+        path: the directory, or an annotation file of it.
         split: `train`, `val`, `test` or the name used in the file names.
         strict: refuse a data set in which anything is broken.
         max_samples: load the first images only.
+        bbox_format: of `BOX_FORMATS`; `xywh` if not given, unless the boxes are plainly something else.
+        allow_outside: read images whose file names lead out of the directory, too.
 
     Raises:
         FileNotFoundError: directory, annotation file, image directory or all of the images are missing.
-        ValueError: the annotation file is not COCO JSON, or anything is broken and `strict` is set.
+        ValueError: the annotation file is not COCO JSON, the boxes are in another format, or anything is broken and
+            `strict` is set.
     """
-    annotation_file, image_dir = find_coco_split(root, split)
-    content = _read_annotation_file(annotation_file)
-    report = LoadingReport(f"{root.name}/{split} ({annotation_file})")
-    category_ids, label_names = _read_categories(content["categories"], annotation_file, report)
+    place = find_coco_split(path, split)
+    report = LoadingReport(f"{place.root.name}/{split} ({place.annotation_file})")
+    content = _read_annotation_file(place.annotation_file, report)
+    category_ids, label_names = _read_categories(content["categories"], place.annotation_file, report)
 
-    entries, listed = _read_image_entries(content["images"], report)
-    entries = _find_image_files(entries[:max_samples], root, image_dir, report)
-    paths = [entry["path"] for entry in entries]
+    entries = _read_image_entries(content["images"], report)
+    own_ids = [entry["id"] for entry in entries]
+    ids, differing_ids = record_ids(own_ids)
+    rows, files = _find_images(entries[:max_samples], place, allow_outside, report)
+    paths = [as_text(path) for path in files]
+    headers = read_headers(files)
     images = ImageList(
-        ids=np.array([entry["id"] for entry in entries], dtype=np.int64),
-        headers=read_headers(paths),
-        stated_sizes=[entry["size"] for entry in entries],
+        ids=ids[rows],
+        headers=[
+            header if is_text(path) else UnreadableImageError("its path is no UTF-8 text, rename it")
+            for path, header in zip(files, headers, strict=True)
+        ],
+        stated_sizes=[entries[row]["size"] for row in rows],
         names=paths,
+        own_ids=differing_ids,
     )
-    annotations = _read_annotations(content["annotations"], images.ids, listed, category_ids, report)
-    kept, columns = assemble(images, annotations, report)
+    place_of_row = {row: index for index, row in enumerate(rows)}
+    annotations = _read_annotations(content["annotations"], own_ids, place_of_row, category_ids, report)
+    kept, columns = assemble(images, annotations, report, bbox_format)
     column = image_path_column([paths[row] for row in kept])
     dataset = Dataset.from_dict({"image": column, **columns}, features=DETECTION_FEATURES)
     report.conclude(strict)
-    return DetectionData(dataset, label_names, category_ids, f"{root.name}-{split}", report)
+    name = f"{place.root.name}-{split}"
+    return DetectionData(dataset, label_names, category_ids, name, report, differing_ids)
 
 
-def find_coco_split(root: Path, split: str) -> tuple[Path, Path]:
-    """The annotation file and the image directory of a split.
+def find_coco_split(path: Path, split: str) -> CocoSplit:
+    """The annotation file and the image directories of a split.
+
+    Args:
+        path: the data directory, or an annotation file of it.
+        split: name of the split.
 
     Raises:
         FileNotFoundError: one of them is missing; the message says what was looked for and what is there.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no directory {root}. Give the directory that holds `annotations/`.")
+    if path.is_file():
+        return _split_of_file(path, split)
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no directory {path}. Give the directory that holds `annotations/`.")
+    place, tried = _find_split(path, split)
+    if place is not None:
+        return place
+    found = sorted(str(file.relative_to(path)) for file in {*path.glob("annotations/*"), *annotation_files(path)})
+    raise FileNotFoundError(
+        f"No annotations of split {split!r} in {path}. Looked for {', '.join(tried)}; annotation files found: "
+        f"{_shortened(found) or 'none'}; in the directory: {_listing(path)}. Choose a split that is there or "
+        "rename the files."
+    )
+
+
+def _find_split(root: Path, split: str) -> tuple[CocoSplit | None, list[str]]:
+    """The split, if the directory has it, and where it was looked for."""
     tried = []
     for name in split_aliases(split):
         for annotation_file, image_dir_names in (
@@ -87,71 +146,172 @@ def find_coco_split(root: Path, split: str) -> tuple[Path, Path]:
             (root / name / ROBOFLOW_FILE, (name,)),
         ):
             tried.append(str(annotation_file.relative_to(root)))
-            if not annotation_file.is_file():
-                continue
-            candidates = [directory for n in image_dir_names for directory in (root / n, root / "images" / n)]
-            for directory in (*candidates, root / "images"):
-                if directory.is_dir():
-                    return annotation_file, directory
-            raise FileNotFoundError(
-                f"{annotation_file} is there, but none of the image directories "
-                f"{', '.join(str(c.relative_to(root)) for c in candidates)} is in {root}. Found: {_listing(root)}. "
-                "Put the images in one of these, or link to them."
-            )
-    found = [str(path.relative_to(root)) for path in (*root.glob("annotations/*"), *root.glob(f"*/{ROBOFLOW_FILE}"))]
+            if annotation_file.is_file():
+                return _with_images(root, annotation_file, image_dir_names), tried
+    others = [file for file in annotation_files(root) if file.name != ROBOFLOW_FILE]
+    named = [file for file in others if _is_of_split(file, root, split)]
+    instances = [file for file in named if not any(task in file.name.lower() for task in _OTHER_TASKS)]
+    candidates = instances or named
+    if not candidates and split in SPLIT_NAMES["train"] and len(others) == 1 and not _splits_of(others[0], root):
+        candidates = others
+    if len(candidates) > 1:
+        raise UserError(
+            f"{root} has several annotation files that may be of split {split!r}: "
+            f"{', '.join(str(file.relative_to(root)) for file in candidates)}. Rename the right one to "
+            f"annotations/instances_{split}.json."
+        )
+    if not candidates:
+        return None, tried
+    stem = candidates[0].name.split(".")[0].removeprefix("instances_")
+    return _with_images(root, candidates[0], (stem, *split_aliases(split), f"{split}2017")), tried
+
+
+def _split_of_file(path: Path, split: str) -> CocoSplit:
+    """The split of the data set that an annotation file belongs to; the file itself if that is its split."""
+    parent = path.parent
+    within = parent.name.lower() in ANNOTATION_DIRECTORIES or path.name == ROBOFLOW_FILE
+    root = parent.parent if within else parent
+    own_splits = _splits_of(path, root)
+    if _is_of_split(path, root, split) or (not own_splits and split in SPLIT_NAMES["train"]):
+        stem = path.name.split(".")[0].removeprefix("instances_")
+        names = (stem, *(own_splits or ()), *split_aliases(split), f"{split}2017")
+        return _with_images(root, path, names)
+    if own_splits:
+        place, _ = _find_split(root, split)
+        if place is not None:
+            return place
     raise FileNotFoundError(
-        f"No annotations of split {split!r} in {root}. Looked for {', '.join(tried)}; annotation files found: "
-        f"{', '.join(sorted(found)) or 'none'}; in the directory: {_listing(root)}. Choose a split that is there or "
-        "rename the files."
+        f"{path} has the annotations of split {', '.join(own_splits) or 'train'} (the only one, as its name says none)"
+        f", and there are none of split {split!r} in {root}. Write them to annotations/instances_{split}.json in the "
+        "directory with the images, or name the split that is there."
     )
 
 
+def _splits_of(file: Path, root: Path) -> list[str]:
+    """The splits that the name of an annotation file, or of its directory below `root`, speaks of."""
+    known = [name for names in SPLIT_NAMES.values() for name in names]
+    return [name for name in known if name in _words(file, root)]
+
+
+def _is_of_split(file: Path, root: Path, split: str) -> bool:
+    return any(name.lower() in _words(file, root) for name in split_aliases(split))
+
+
+def _words(file: Path, root: Path) -> set[str]:
+    """The words of a file's name, with and without their digits, and the name of its directory."""
+    stem = file.name.split(".")[0].lower()
+    words = {*re.split(r"[^a-z0-9]+", stem), *re.split(r"[^a-z]+", stem), stem.removeprefix("instances_")}
+    return words if file.parent == root else words | {file.parent.name.lower()}
+
+
+def _with_images(root: Path, annotation_file: Path, image_dir_names: Sequence[str]) -> CocoSplit:
+    usual = [
+        directory for name in dict.fromkeys(image_dir_names) for directory in (root / name, root / "images" / name)
+    ]
+    beside = [] if annotation_file.parent.name.lower() == "annotations" else [annotation_file.parent]
+    directories = [
+        d for d in dict.fromkeys([*usual, root / "images", *beside, root, annotation_file.parent]) if d.is_dir()
+    ]
+    return CocoSplit(root, annotation_file, directories, usual)
+
+
 def _listing(root: Path, limit: int = 12) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} entries)" if len(names) > limit else "") or "nothing"
+    return _shortened(sorted(path.name + "/" * path.is_dir() for path in root.iterdir()), limit) or "nothing"
 
 
-def _read_annotation_file(path: Path) -> dict:
-    def without_segmentation(value: dict) -> dict:
+def _shortened(names: Sequence[str], limit: int = 12) -> str:
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} entries)" if len(names) > limit else "")
+
+
+def _read_annotation_file(path: Path, report: LoadingReport) -> dict:
+    def as_object(pairs: list[tuple[str, Any]]) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            report.add("repeated_key", f"{twice!r} in {str(value)[:100]}")
         value.pop("segmentation", None)  # most of the file; dropped while parsing, so that it never piles up
         return value
 
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            content = json.load(file, object_hook=without_segmentation)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        text = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
+        content = json.loads(text, object_pairs_hook=as_object)
     except json.JSONDecodeError as error:
+        if not text.strip():
+            raise UserError(f"{path} is empty.") from error
         raise UserError(
             f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno} "
             f"(character {error.pos}). Perhaps its download was cut off."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is no COCO JSON: lists or objects are nested too deeply in it.") from error
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{path} is cut off: {error}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} must hold a JSON object with images, annotations and categories, not a {type(content)}."
+            f"{path} must hold a JSON object with images, annotations and categories, not a {type(content).__name__}"
+            f"{_of_detections(content)}."
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):
             raise UserError(
-                f"{path} has no list {key!r}, which COCO instance annotations have. Its keys: {', '.join(content)}."
+                f"{path} has no list {key!r}, which COCO instance annotations have{_of_another_kind(content)}. Its "
+                f"keys: {', '.join(map(as_text, list(content)[:20]))}. {EXPECTED}"
             )
+    annotations = [entry for entry in content["annotations"] if isinstance(entry, dict)]
+    if annotations and not any("bbox" in annotation for annotation in annotations):
+        raise UserError(
+            f"{path} has no boxes in its {len(annotations)} annotations{_of_another_kind(content)}; their keys: "
+            f"{', '.join(map(as_text, list(annotations[0])[:20]))}. Give annotations of instances, with a bbox each."
+        )
     return content
 
 
-def _read_categories(categories: list, annotation_file: Path, report: LoadingReport) -> tuple[list[int], list[str]]:
-    names: dict[int, str] = {}
+def _of_detections(content: Any) -> str:
+    first = content[0] if isinstance(content, list) and content else None
+    detections = isinstance(first, dict) and "score" in first and "bbox" in first
+    return " of detections (a result file; annotations are needed)" if detections else ""
+
+
+def _of_another_kind(content: dict) -> str:
+    """What a file holds that is no file of instances, to go on with a sentence; nothing if that cannot be said."""
+    if content.get("type") in ("FeatureCollection", "Feature"):
+        return "; it is GeoJSON"
+    annotations = content.get("annotations")
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    if isinstance(first, dict) and "bbox" not in first:
+        kinds = {"caption": "captions", "segments_info": "panoptic segments", "keypoints": "keypoints alone"}
+        return next((f"; it holds {kind}" for key, kind in kinds.items() if key in first), "")
+    if "_via_img_metadata" in content or "_via_settings" in content:
+        return "; it is a project of the VGG Image Annotator"
+    if "shapes" in content:
+        return "; it is a file of LabelMe"
+    return ""
+
+
+def _read_categories(categories: list, annotation_file: Path, report: LoadingReport) -> tuple[list[Id], list[str]]:
+    names: dict[Id, str] = {}
     for category in categories:
-        category_id = as_integer(category.get("id")) if isinstance(category, dict) else None
+        category_id = as_id(category.get("id")) if isinstance(category, dict) else None
         if category_id is None:
-            raise UserError(f"{annotation_file}: the category {category!r} has no integer id.")
-        name = str(category.get("name") or f"category_{category_id}")
+            raise UserError(
+                f"{annotation_file}: the category {as_text(category)[:200]} has no integer id and no text for one."
+            )
+        name = category.get("name")
+        name = f"category_{category_id}" if name is None or not str(name).strip() else as_text(name)
         if names.setdefault(category_id, name) != name:
             raise UserError(
                 f"{annotation_file}: category id {category_id} is given twice, as {names[category_id]!r} and {name!r}."
             )
     if not names:
         raise UserError(f"{annotation_file} lists no categories.")
-    category_ids = sorted(names)
+    category_ids = sorted(names, key=category_order)
     label_names = [names[category_id] for category_id in category_ids]
     shared = {name for name in label_names if label_names.count(name) > 1}
     for label, name in enumerate(label_names):
@@ -163,66 +323,96 @@ def _read_categories(categories: list, annotation_file: Path, report: LoadingRep
     return category_ids, label_names
 
 
-def _read_image_entries(images: list, report: LoadingReport) -> tuple[list[dict], set[int]]:
-    """Entries with a distinct id and a file name, and all ids that the file lists."""
-    entries, listed = [], set()
+def _read_image_entries(images: list, report: LoadingReport) -> list[dict]:
+    """Id, file name and stated size of the images that have a distinct id and a file name."""
+    entries: list[dict] = []
+    listed: set[Id] = set()
     for image in images:
-        image_id = as_integer(image.get("id")) if isinstance(image, dict) else None
+        image_id = as_id(image.get("id")) if isinstance(image, dict) else None
         file_name = image.get("file_name") if isinstance(image, dict) else None
         if image_id is None or not isinstance(file_name, str) or not file_name:
-            report.add("invalid_image_entry", repr(image)[:200])
+            report.add("invalid_image_entry", str(image)[:200])
             continue
         if image_id in listed:
             report.add("duplicate_image_id", f"id {image_id}, file {file_name}")
             continue
         listed.add(image_id)
-        width, height = as_integer(image.get("width")), as_integer(image.get("height"))
-        size = (width, height) if width and height else None
+        size = stated_size(image.get("width"), image.get("height"), file_name, report)
         entries.append({"id": image_id, "file_name": file_name, "size": size})
-    return entries, listed
+    return entries
 
 
-def _find_image_files(entries: list[dict], root: Path, image_dir: Path, report: LoadingReport) -> list[dict]:
-    present = set(os.listdir(image_dir))  # one call instead of one per image
-    found = []
-    for entry in entries:
-        path = os.path.join(image_dir, entry["file_name"])
-        if entry["file_name"] not in present and not os.path.isfile(path):
-            path = os.path.join(root, entry["file_name"])
-            if not os.path.isfile(path):
-                report.add("missing_image_file", os.path.join(image_dir, entry["file_name"]))
-                continue
-        found.append({**entry, "path": os.path.abspath(path)})
-    if entries and not found:
-        raise FileNotFoundError(
-            f"None of the {len(entries)} images that the annotations name is in {image_dir}, e.g. "
-            f"{entries[0]['file_name']!r}; found there: {_listing(image_dir, 4)}."
+def _find_images(
+    entries: list[dict], place: CocoSplit, allow_outside: bool, report: LoadingReport
+) -> tuple[list[int], list[str]]:
+    """The entries whose files are there, and their files."""
+    names = [entry["file_name"] for entry in entries]
+    found = find_image_files(names, place.root, place.image_directories, allow_outside=allow_outside)
+    rows = [row for row, file in enumerate(found) if file.path is not None]
+    if entries and not rows:
+        raise FileNotFoundError(_why_no_image_is_found(names[0], len(names), place, found))
+    for name, file in zip(names, found, strict=True):
+        if file.issue is not None:
+            where = f" is {file.path}" if file.path else ""
+            report.add(file.issue, f"{place.image_directories[0] / name}" if not where else f"{name}{where}")
+    return rows, [file.path for file in found if file.path is not None]
+
+
+def _why_no_image_is_found(example: str, count: int, place: CocoSplit, found: list[FoundFile]) -> str:
+    example = as_text(example)
+    if any(file.issue == "outside_image_file" for file in found):
+        return (
+            f"None of the {count} images that {place.annotation_file} names is in the data directory {place.root}, "
+            f"and names such as {example!r} lead out of it. Move the images there, or, if you trust the file, read "
+            "them with NAME:outside=true."
         )
-    return found
+    if not any(directory.is_dir() for directory in (*place.usual, place.root / "images")):
+        usual = ", ".join(str(directory.relative_to(place.root)) for directory in place.usual)
+        return (
+            f"{place.annotation_file} is there, but none of the image directories {usual} is in {place.root}, and no "
+            f"image {example!r}. Found: {_listing(place.root)}. Put the images in one of these, or link to them."
+        )
+    directory = place.image_directories[0]
+    return (
+        f"None of the {count} images that the annotations name is in {directory}, e.g. {example!r}; found there: "
+        f"{_listing(directory, 4)}."
+    )
 
 
 def _read_annotations(
-    annotations: list, image_ids: np.ndarray, listed: set[int], category_ids: list[int], report: LoadingReport
+    annotations: list,
+    image_ids: list[Id],
+    place_of_row: dict[int, int],
+    category_ids: list[Id],
+    report: LoadingReport,
 ) -> AnnotationList:
-    rows = {int(image_id): row for row, image_id in enumerate(image_ids)}
-    labels = {category_id: label for label, category_id in enumerate(category_ids)}
+    """The objects of images that were found.
+
+    Args:
+        annotations: As the file lists them.
+        image_ids: Of all images that the file lists.
+        place_of_row: Which of these were found, and their places among those.
+        category_ids: In the order of their labels.
+        report: Is told what is left out.
+    """
+    images, labels = IdTable(image_ids), IdTable(category_ids)
     result = AnnotationList()
     for annotation in annotations:
         if not isinstance(annotation, dict) or "bbox" not in annotation:
-            report.add("invalid_annotation", repr(annotation)[:200])
+            report.add("invalid_annotation", str(annotation)[:200])
             continue
-        image_id, category_id = as_integer(annotation.get("image_id")), as_integer(annotation.get("category_id"))
-        if image_id not in listed:
+        row, label = images.find(annotation.get("image_id")), labels.find(annotation.get("category_id"))
+        if row is None:
             report.add(
                 "unknown_image", f"annotation id {annotation.get('id')}, image_id {annotation.get('image_id')!r}"
             )
-        elif category_id not in labels:
+        elif label is None:
             described = f"annotation id {annotation.get('id')}, category_id {annotation.get('category_id')!r}"
             report.add("unknown_category", described)
-        elif image_id in rows:  # else its image was left out and counted
+        elif row in place_of_row:  # else its image was left out and counted
             result.append(
-                image_index=rows[image_id],
-                label=labels[category_id],
+                image_index=place_of_row[row],
+                label=label,
                 bbox=annotation["bbox"],
                 area=annotation.get("area"),
                 iscrowd=annotation.get("iscrowd"),

@@ -196,6 +196,8 @@ class DetectionCollator:
             images=[item["image"].as_subclass(torch.Tensor) for item in items],
             annotations=[item["annotations"] for item in items],
             do_resize=self.do_resize,
+            do_convert_annotations=True,  # as losses take boxes, whatever the processor does for others
+            input_data_format="channels_first",
             return_tensors="pt",
         )
         unreadable = {index: reason for item in items for index, reason in item.get("unreadable", {}).items()}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .boxes import xyxy_to_xywh
+from .fields import Id
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,13 +16,14 @@ class Detections:
     """The objects found on one image.
 
     Attributes:
-        image_id: Of the image in its data set, or the name of its file where there is no data set.
+        image_id: Of the image in the records of its data set, in result files the data set's own id of it; or the name
+            of its file where there is no data set.
         scores: (n,) in [0, 1].
         labels: (n,) integers from 0; whose classes they number, the model's or the data set's, says who made them.
         boxes: (n, 4) corners (x_min, y_min, x_max, y_max) in pixels of the image.
     """
 
-    image_id: int | str
+    image_id: Id
     scores: np.ndarray
     labels: np.ndarray
     boxes: np.ndarray
@@ -48,7 +50,7 @@ class Detections:
             boxes=np.array(corners, dtype=np.float64).reshape(-1, 4),
         )
 
-    def to_coco(self, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    def to_coco(self, category_ids: Sequence[Id]) -> list[dict[str, Any]]:
         """The same in COCO's result format, `{"image_id", "category_id", "bbox", "score"}` of each object.
 
         Args:

@@ -6,23 +6,28 @@ What is understood: an image column and an `objects` column, either lists of val
 `CATEGORY_KEYS`, and optionally `id`, `area` and `iscrowd`; `image_id`, `width` and `height` are optional columns.
 """
 
+import contextlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets.config
+import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
 
-from ..errors import UserError
-from .annotations import AnnotationList, ImageList, as_integer, assemble
-from .images import ImageHeader, UnreadableImageError, try_header
+from ..errors import UserError, one_line
+from .annotations import AnnotationList, ImageList, assemble, stated_size
+from .fields import Id, as_id, as_integer, record_ids
+from .images import ImageHeader, OutsideImageError, UnreadableImageError, try_header
+from .layouts import EXPECTED
 from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
 CATEGORY_KEYS = ("category", "categories", "category_id", "category_ids", "label", "labels", "class", "class_id")
-BOX_FORMATS = ("xywh", "xyxy")
 
 
 def load_hub_data(
@@ -32,7 +37,9 @@ def load_hub_data(
     strict: bool = False,
     max_samples: int | None = None,
     cache_dir: str | None = None,
-    bbox_format: str = "xywh",
+    bbox_format: str | None = None,
+    allow_outside: bool = False,
+    config: str | None = None,
 ) -> DetectionData:
     """Load a split of a `datasets` data set as detection records.
 
@@ -46,40 +53,42 @@ def load_hub_data(
         strict: refuse a data set in which anything is broken.
         max_samples: load the first images only.
         cache_dir: where downloads are kept, by default the cache of `datasets`.
-        bbox_format: `xywh` (left, top, width, height) or `xyxy` (left, top, right, bottom), in pixels.
+        bbox_format: of `BOX_FORMATS`; `xywh` if not given, unless the boxes are plainly something else.
+        allow_outside: read images that are stored as paths to somewhere else than the data set's directory and caches.
+        config: which of several configurations.
 
     Raises:
         FileNotFoundError: there is no such data set or split.
-        ValueError: the columns are not as described, or anything is broken and `strict` is set.
+        ValueError: `datasets` cannot read it, the columns are not as described, the boxes are in another format, or
+            anything is broken and `strict` is set.
     """
-    if bbox_format not in BOX_FORMATS:
-        raise UserError(f"bbox_format must be one of {BOX_FORMATS}, got {bbox_format!r}")
-    splits = _load_splits(source, cache_dir)
+    splits = _load_splits(source, cache_dir, config)
     split_name = next((name for name in split_aliases(split) if name in splits), None)
     if split_name is None:
         raise FileNotFoundError(
             f"{source} has no split {split!r}; its splits are {', '.join(splits)}. Choose one of them."
         )
-    raw = splits[split_name]
-    if max_samples is not None:
-        raw = raw.select(range(min(max_samples, len(raw))))
-    image_key, box_key, category_key = _find_columns(raw, source)
+    with _as_user_errors(f"{source}, split {split_name}, cannot be read"):
+        raw = splits[split_name]
+        if max_samples is not None:
+            raw = raw.select(range(min(max_samples, len(raw))))
+        image_key, box_key, category_key = _find_columns(raw, source)
 
-    report = LoadingReport(f"{source}/{split_name}")
-    categories, label_names = _read_categories(splits, category_key)
-    images = raw.select_columns(image_key).rename_columns({} if image_key == "image" else {image_key: "image"})
-    images = images.cast_column("image", Image(decode=False))
-    headers = list(_iterate_headers(images))
-    plain = raw.select_columns([name for name in raw.column_names if name != image_key])
-    image_ids = _read_image_ids(plain, report)
-    found = ImageList(image_ids, headers, _read_sizes(plain), [f"image_id {image_id}" for image_id in image_ids])
-    annotations = _read_annotations(plain, headers, box_key, category_key, categories, bbox_format, report)
-    kept, columns = assemble(found, annotations, report)
-    records = _beside_images(images, kept, columns)
-    report.conclude(strict)
-    category_ids = [index if isinstance(value, str) else value for index, value in enumerate(categories)]
+        report = LoadingReport(f"{source}/{split_name}")
+        categories, label_names = _read_categories(splits, category_key)
+        images = raw.select_columns(image_key).rename_columns({} if image_key == "image" else {image_key: "image"})
+        images = images.cast_column("image", Image(decode=False))
+        headers = list(_iterate_headers(images, None if allow_outside else _bounds(source, cache_dir)))
+        plain = raw.select_columns([name for name in raw.column_names if name != image_key])
+        image_ids, own_ids = _read_image_ids(plain, report)
+        names = [f"image_id {own_ids.get(image_id, image_id)}" for image_id in image_ids.tolist()]
+        found = ImageList(image_ids, headers, _read_sizes(plain, names, report), names, own_ids)
+        annotations = _read_annotations(plain, headers, box_key, category_key, categories, report)
+        kept, columns = assemble(found, annotations, report, bbox_format)
+        records = _beside_images(images, kept, columns)
+        report.conclude(strict)
     name = Path(source).name or source
-    return DetectionData(records, label_names, category_ids, f"{name}-{split_name}", report)
+    return DetectionData(records, label_names, list(categories), f"{name}-{split_name}", report, own_ids)
 
 
 def _beside_images(images: Dataset, kept: np.ndarray, columns: dict[str, pa.Array]) -> Dataset:
@@ -99,29 +108,56 @@ def _beside_images(images: Dataset, kept: np.ndarray, columns: dict[str, pa.Arra
     return records if len(kept) == len(images) else records.select(kept)
 
 
-def _load_splits(source: str, cache_dir: str | None) -> dict[str, Dataset]:
+def _load_splits(source: str, cache_dir: str | None, config: str | None) -> dict[str, Dataset]:
     path = Path(source)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = load_from_disk(source)
+        with _as_user_errors(f"{source}, which `save_to_disk` wrote, cannot be loaded"):
+            loaded = load_from_disk(source)
         return dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
-    if path.is_dir() and not any(path.iterdir()):
-        raise FileNotFoundError(f"The directory {source} is empty. Give one that holds a data set.")
+    if "://" in source:
+        raise UserError(f"{source} is an address. Download what is there, and give the directory. {EXPECTED}")
     if not path.is_dir() and (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1):
-        raise FileNotFoundError(f"There is no directory {source}.")
+        raise FileNotFoundError(f"There is no directory {source}. {EXPECTED}")
     try:
-        return dict(load_dataset(source, cache_dir=cache_dir))
-    except (OSError, ValueError) as error:  # not found, no connection, nothing that it can read
+        with _as_user_errors(f"{source!r} could not be loaded"):
+            return dict(load_dataset(source, config, cache_dir=cache_dir))
+    except OSError as error:  # not found, no connection
         raise FileNotFoundError(
-            f"{source!r} could not be loaded: {type(error).__name__}: {error}. A data set is 'synthetic', a directory "
-            "in COCO's layout (annotations/instances_*.json), a directory that `datasets` can load, or the id of a "
-            "data set on the Hub (which needs a connection)."
+            f"{source!r} could not be loaded: {type(error).__name__}: {one_line(error)} A data set is 'synthetic', a "
+            "directory in COCO's layout (annotations/instances_SPLIT.json beside the images in SPLIT/), a directory "
+            "that `datasets` can load, or the id of a data set on the Hub (which needs a connection)."
         ) from error
+
+
+@contextlib.contextmanager
+def _as_user_errors(what: str) -> Iterator[None]:
+    """Whatever `datasets` and the libraries below it raise, each its own, becomes a `UserError` of one line; errors of
+    the system, such as that there is no such file, stay what they are."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        reasons = [error, error.__cause__] if error.__cause__ is not None else [error]
+        described = "; ".join(f"{type(reason).__name__}: {one_line(reason)}" for reason in reasons)
+        raise UserError(f"{what}: {described} {_advice(described)}") from error
+
+
+def _advice(message: str) -> str:
+    if "Config name is missing" in message or "BuilderConfig" in message:
+        return "Choose one by NAME:config=CONFIGURATION."
+    if "scripts are no longer supported" in message:
+        return f"Convert it to Parquet, by a version of `datasets` that runs the script. {EXPECTED}"
+    return EXPECTED
 
 
 def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str]:
     """The image column, and the fields of an object that hold its box and its category."""
     described = ", ".join(f"{name}: {feature}" for name, feature in dataset.features.items())
-    wanted = "An image column and `objects` with `bbox` and a category are needed. Rename or map the columns first."
+    wanted = (
+        "An image column and `objects` with `bbox` and a category are needed: rename or map the columns; or give a "
+        "directory in COCO's layout (annotations/instances_SPLIT.json beside the images)."
+    )
     image_key = next((name for name, feature in dataset.features.items() if isinstance(feature, Image)), None)
     if image_key is None:
         raise UserError(f"{source} has no column of images. Columns found: {described}. {wanted}")
@@ -173,7 +209,9 @@ def _read_categories(splits: dict[str, Dataset], category_key: str) -> tuple[dic
 
 def _category(entry: dict) -> int | str | None:
     value = entry["category"]
-    return value if isinstance(value, str) else as_integer(value)
+    if isinstance(value, str):
+        return value if value.strip() else None
+    return as_integer(value)
 
 
 def _iterate_column(dataset: Dataset, column: str) -> Iterator:
@@ -199,7 +237,6 @@ def _read_annotations(
     box_key: str,
     category_key: str,
     categories: dict,
-    bbox_format: str,
     report: LoadingReport,
 ) -> AnnotationList:
     """The objects of all images that have a header."""
@@ -209,45 +246,62 @@ def _read_annotations(
             label = categories.get(_category(one))
             box = one.get(box_key)
             if box is None:
-                report.add("invalid_annotation", f"row {row}: {one!r}"[:200])
+                report.add("invalid_annotation", f"row {row}: {one}"[:200])
                 continue
             if label is None:
                 report.add("unknown_category", f"row {row}, category {one['category']!r}")
                 continue
-            if bbox_format == "xyxy" and len(box) == 4 and None not in box:
-                box = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             result.append(row, label, box, one.get("area"), one.get("iscrowd"), one.get("id"))
     return result
 
 
-def _iterate_headers(images: Dataset) -> Iterator[ImageHeader | UnreadableImageError]:
-    """Headers of all images; of images stored in the data set, only the pages that hold the header are read."""
+def _iterate_headers(images: Dataset, bounds: list[str] | None) -> Iterator[ImageHeader | UnreadableImageError]:
+    """Headers of all images; of images stored in the data set, only the pages that hold the header are read.
+
+    Args:
+        images: With the column `image`, not decoded.
+        bounds: Directories below which files have to be; `None` for anywhere.
+    """
     for batch in images.with_format("arrow").iter(batch_size=1000):
         column = batch["image"].combine_chunks()
         for scalar in column:
             content, path = scalar["bytes"], scalar["path"].as_py() if scalar.is_valid else None
             if scalar.is_valid and content.is_valid:
                 yield try_header(pa.BufferReader(content.as_buffer()))
+            elif not path:
+                yield UnreadableImageError("there is neither a file nor its content")
+            elif bounds is not None and not os.path.abspath(path).startswith(tuple(bounds)):
+                yield OutsideImageError(path)
             else:
-                yield try_header(path) if path else UnreadableImageError("there is neither a file nor its content")
+                yield try_header(path)
 
 
-def _read_image_ids(plain: Dataset, report: LoadingReport) -> np.ndarray:
+def _bounds(source: str, cache_dir: str | None) -> list[str]:
+    """Where the files of a data set may be: below its directory, or where downloads and unpacked archives are kept."""
+    caches = [
+        *(datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH),
+        *(datasets.config.EXTRACTED_DATASETS_PATH, huggingface_hub.constants.HF_HUB_CACHE),
+    ]
+    places = [*caches, *filter(None, [cache_dir]), *([source] if os.path.isdir(source) else [])]
+    return [os.path.join(os.path.abspath(place), "") for place in places]
+
+
+def _read_image_ids(plain: Dataset, report: LoadingReport) -> tuple[np.ndarray, dict[int, Id]]:
+    """Integer ids of the images, and the stored ids where they are something else; see `record_ids`."""
     rows = np.arange(len(plain), dtype=np.int64)
     if "image_id" not in plain.column_names:
-        return rows
+        return rows, {}
     stored = list(_iterate_column(plain, "image_id"))
-    numbers = [as_integer(value) for value in stored]
-    if None in numbers or len(set(numbers)) < len(numbers):
-        times = Counter(numbers)
-        example = next(v for v, n in zip(stored, numbers, strict=True) if n is None or times[n] > 1)
-        report.add("renumbered_images", f"image_id {example!r}")
-        return rows
-    return np.asarray(numbers, dtype=np.int64)
+    own = [value for value in map(as_id, stored) if value is not None]
+    times = Counter(own)
+    if odd := [value for value in stored if as_id(value) is None or times[value] > 1]:
+        report.add("renumbered_images", f"image_id {odd[0]!r}")
+        return rows, {}
+    return record_ids(own)
 
 
-def _read_sizes(plain: Dataset) -> list[tuple[int, int] | None]:
+def _read_sizes(plain: Dataset, names: list[str], report: LoadingReport) -> list[tuple[int, int] | None]:
     if not {"width", "height"} <= set(plain.column_names):
         return [None] * len(plain)
-    columns = _iterate_column(plain, "width"), _iterate_column(plain, "height")
-    return [(int(w), int(h)) if w and h else None for w, h in zip(*columns, strict=True)]
+    columns = names, _iterate_column(plain, "width"), _iterate_column(plain, "height")
+    return [stated_size(width, height, name, report) for name, width, height in zip(*columns, strict=True)]

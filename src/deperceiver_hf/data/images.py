@@ -13,13 +13,27 @@ import PIL.Image
 
 from ..errors import one_line
 from ..models.pixels_deperceiver import exif_orientation, to_rgb
+from .fields import Id
 from .records import LoadingReport
 
 EXIF_ORIENTATION = 0x0112
 
+with contextlib.suppress(ImportError):  # Pillow reads HEIF where this is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 
 class UnreadableImageError(OSError):
     """A file that is not there, no image, a broken one or too large; the message is the reason alone."""
+
+    issue = "unreadable_image"  # key of `ISSUES`
+
+
+class OutsideImageError(UnreadableImageError):
+    """A file that is not to be read, since it is not below the data directory."""
+
+    issue = "outside_image_file"
 
 
 class ImageHeader(NamedTuple):
@@ -66,17 +80,19 @@ def seen_sizes(
     stated: Sequence[tuple[int, int] | None],
     describe: Sequence[str],
     report: LoadingReport,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decide each image's size and the frame that its boxes were annotated in.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Decide each image's size and whether its boxes were annotated before it was turned.
 
     A stated size equal to the stored one where EXIF turns the image tells that the boxes were drawn on the un-turned
-    image; they have to be turned too. Any other difference is reported, and the file is believed.
+    image; they have to be turned too.
 
     Returns:
-        sizes (N, 2), width and height as seen, and rotations (N,), the EXIF orientation to apply to the boxes, or 1.
+        sizes (N, 2), width and height as seen; rotations (N,), the EXIF orientation to apply to the boxes, or 1; and
+        differs (N,), whether the stated size is any other than the file's.
     """
     sizes = np.array([header.seen_size for header in headers], dtype=np.int64).reshape(-1, 2)
     rotations = np.ones(len(headers), dtype=np.int64)
+    differs = np.zeros(len(headers), dtype=bool)
     for row, (header, size) in enumerate(zip(headers, stated, strict=True)):
         if size is None or size == header.seen_size:
             continue
@@ -84,8 +100,8 @@ def seen_sizes(
             rotations[row] = header.orientation
             report.add("rotated_image", describe[row])
         else:
-            report.add("size_mismatch", f"{describe[row]} is {header.seen_size}, stated {size} (width, height)")
-    return sizes, rotations
+            differs[row] = True
+    return sizes, rotations, differs
 
 
 def open_rgb(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
@@ -98,7 +114,19 @@ def open_rgb(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
         return to_rgb(opened)
 
 
-def decode_rgb(image: dict | PIL.Image.Image, image_id: int) -> PIL.Image.Image:
+def has_more_frames(source: str | os.PathLike) -> bool:
+    """Whether a file, of which [`open_rgb`] takes the first frame or page, has others that a viewer would show.
+
+    Pictures that some cameras put behind the first of a JPEG (depth, gain) are none.
+    """
+    try:
+        with _reasons_of_decoders(), PIL.Image.open(source) as image:
+            return image.format != "MPO" and getattr(image, "is_animated", False)
+    except UnreadableImageError:  # the first can be read, what is behind it cannot
+        return False
+
+
+def decode_rgb(image: dict | PIL.Image.Image, image_id: Id) -> PIL.Image.Image:
     """[`open_rgb`] of an image in a data set.
 
     Args:

@@ -2,6 +2,7 @@
 """The schema of a detection record, the data set that holds them, and the report of what was repaired on the way."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch.distributed
@@ -9,6 +10,7 @@ from datasets import Dataset, Features, Image, Value
 from transformers.utils import logging
 
 from ..errors import UserError
+from .fields import Id, as_text
 
 logger = logging.get_logger(__name__)
 
@@ -38,10 +40,15 @@ given); crowds (`iscrowd`) are kept, since evaluation needs them. Coordinates ar
 ISSUES = {
     "invalid_image_entry": "images without a usable id or file name, left out",
     "duplicate_image_id": "images whose id was seen before, left out",
-    "renumbered_images": "data sets whose image ids are no distinct integers, row numbers are used",
+    "renumbered_images": "data sets whose images have no ids that tell them apart, row numbers are used",
     "missing_image_file": "images whose file does not exist, left out",
+    "respelled_image_file": "images found under another spelling of their file name (separators, capitals, folders)",
+    "outside_image_file": "images whose file name leads out of the data directory, left out (NAME:outside=true reads "
+    "them)",
     "unreadable_image": "image files that cannot be read as an image, left out",
+    "invalid_size": "widths or heights that are no positive whole numbers, the file's size is used",
     "size_mismatch": "images of another size than stated, the file's size is used",
+    "rescaled_image": "images of another size than stated whose boxes fit the stated one, boxes are scaled with them",
     "rotated_image": "images annotated before their EXIF rotation, boxes are rotated with the image",
     "invalid_annotation": "annotations that are no objects with a box, left out",
     "unknown_image": "annotations of an image that is not listed, left out",
@@ -51,8 +58,10 @@ ISSUES = {
     "box_outside_image": "boxes wholly outside the image, left out",
     "clamped_box": "boxes over the border by more than a pixel, clipped to the image",
     "invalid_area": "areas that are no positive number, the box's area is used",
+    "invalid_crowd": "values of iscrowd that are neither true nor false, taken for false",
     "invalid_annotation_id": "annotations without an integer id of their own, given a new one",
     "duplicate_category_name": "categories that share a name, their id is appended",
+    "repeated_key": "JSON objects that have a key twice, the last value is used",
 }
 """What can be wrong with a data set, and what is done about it."""
 
@@ -72,12 +81,14 @@ class LoadingReport:
         source: what was loaded, for the messages.
         counts: number of cases for each key of `ISSUES` that occurred.
         examples: the first case of each, in words.
+        remarks: what looks wrong with the data as a whole and was left as it is.
         num_images, num_objects, num_crowds, num_empty_images: what the loaded data set holds; empty images are kept.
     """
 
     source: str
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     num_images: int = 0
     num_objects: int = 0
     num_crowds: int = 0
@@ -88,7 +99,7 @@ class LoadingReport:
             raise KeyError(f"{issue!r} is not one of {sorted(ISSUES)}")
         if count:
             self.counts[issue] = self.counts.get(issue, 0) + count
-            self.examples.setdefault(issue, example)
+            self.examples.setdefault(issue, as_text(example))
 
     def summary(self) -> str:
         """The issues, one a line, with an example each; empty when there were none."""
@@ -110,11 +121,13 @@ class LoadingReport:
             )
 
     def conclude(self, strict: bool) -> None:
-        """Log the issues as one warning on the main process, or refuse them.
+        """Log the issues as one warning on the main process, or refuse them; the remarks are logged in any case.
 
         Raises:
             ValueError: there were issues and `strict` is set.
         """
+        for remark in self.remarks if is_main_process() else ():
+            logger.warning(f"{self.source}: {remark}")
         if not self.counts:
             return
         if strict:
@@ -136,34 +149,24 @@ class DetectionData:
         category_ids: the data set's own category id of each label, ascending.
         name: short name for messages and file names.
         report: what was repaired or left out.
+        own_image_ids: the data set's own id of an image by its `image_id` in the records, for those where it is
+            another one: text, or an integer of more than 64 bits. See `own_image_id`.
     """
 
     dataset: Dataset
     label_names: list[str]
-    category_ids: list[int]
+    category_ids: list[Id]
     name: str
     report: LoadingReport
+    own_image_ids: Mapping[int, Id] = field(default_factory=dict)
 
     @property
     def id2label(self) -> dict[int, str]:
         return dict(enumerate(self.label_names))
 
-
-def require_same_labels(reference: DetectionData, *others: DetectionData) -> None:
-    """Refuse data sets whose labels mean something else than the reference's.
-
-    Raises:
-        ValueError: names or category ids differ.
-    """
-    for other in others:
-        if (other.label_names, other.category_ids) != (reference.label_names, reference.category_ids):
-            mine, theirs = (dict(zip(d.category_ids, d.label_names, strict=True)) for d in (reference, other))
-            differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            raise UserError(
-                f"The categories of {reference.report.source} and {other.report.source} differ, so their labels "
-                f"cannot be compared. Category ids that differ: {differing[:10]}; e.g. {differing[0]} is "
-                f"{mine.get(differing[0])!r} in the first and {theirs.get(differing[0])!r} in the second."
-            )
+    def own_image_id(self, image_id: int) -> Id:
+        """The id that the data set's files have for an image of the records: for result files and messages."""
+        return self.own_image_ids.get(image_id, image_id)
 
 
 def split_aliases(split: str) -> tuple[str, ...]:

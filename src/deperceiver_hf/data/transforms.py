@@ -46,6 +46,8 @@ def make_train_transforms(
     shortest_edge: int = 800,
     longest_edge: int | None = None,
     resample: int = PILImageResampling.BILINEAR,
+    *,
+    other_size: SizeDict | None = None,
 ) -> v2.Compose:
     """The training transforms up to, and including, the resize.
 
@@ -60,6 +62,9 @@ def make_train_transforms(
         shortest_edge: of the image processor, in pixels; all sizes of the original are scaled in proportion to it.
         longest_edge: bound of the longest edge after the resize; by default 1333/800 of the shortest.
         resample: of the image processor, as Pillow counts it, so that training resizes as evaluation does.
+        other_size: of an image processor that has no shortest edge, instead of both edges: `height` and `width`, or
+            `max_height` and `max_width`. Every image then gets the size that evaluation gives it: `original` is a flip
+            and the crop of `crop`.
 
     Crowds are dropped first, boxes without area last; the area becomes that of the box.
     """
@@ -71,8 +76,12 @@ def make_train_transforms(
     if longest_edge < shortest_edge:
         raise UserError(f"longest_edge must be at least the shortest_edge {shortest_edge}, got {longest_edge}")
     interpolation = _INTERPOLATIONS.get(resample, v2.InterpolationMode.BILINEAR)
+    size = other_size or SizeDict(shortest_edge=shortest_edge, longest_edge=longest_edge)
 
-    if augmentation == "original":
+    steps: list[v2.Transform]
+    if augmentation == "original" and other_size:
+        steps = [v2.RandomHorizontalFlip(0.5), RandomZoom(size, interpolation)]
+    elif augmentation == "original":
         resize = RandomShortestEdge([_scaled(size, shortest_edge) for size in _SCALES], longest_edge, interpolation)
         crop = v2.Compose(
             [
@@ -91,12 +100,12 @@ def make_train_transforms(
         steps = [
             v2.RandomHorizontalFlip(0.5),
             *(turns if augmentation == "crop_any_orientation" else []),
-            RandomZoom(SizeDict(shortest_edge=shortest_edge, longest_edge=longest_edge), interpolation),
+            RandomZoom(size, interpolation),
             v2.ColorJitter(brightness=_COLOUR_JITTER, contrast=_COLOUR_JITTER, saturation=_COLOUR_JITTER),
         ]
     else:
         flip = [v2.RandomHorizontalFlip(0.5)] if augmentation == "flip" else []
-        steps = [*flip, RandomShortestEdge([shortest_edge], longest_edge, interpolation)]
+        steps = [*flip, RandomZoom(size, interpolation, probability=0)]
     return v2.Compose([DropCrowds(), *steps, v2.ClampBoundingBoxes(), DropEmptyBoxes()])
 
 
@@ -148,15 +157,21 @@ class RandomZoom(v2.Transform):
     Objects of which less than `LEAST_VISIBLE_AREA` is left are dropped. `size` is that of the image processor.
     """
 
-    def __init__(self, size: SizeDict, interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR):
+    def __init__(
+        self,
+        size: SizeDict,
+        interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
+        probability: float = _CROP_PROBABILITY,
+    ):
         super().__init__()
         self.size = size
         self.interpolation = interpolation
+        self.probability = probability
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
         height, width = sample["image"].shape[-2:]
         size = resized_size((height, width), self.size)
-        if float(torch.rand(())) < _CROP_PROBABILITY:
+        if self.probability and float(torch.rand(())) < self.probability:
             sample = self._crop(sample, height, width)
         resized = {key: F.resize(sample[key], size, self.interpolation) for key in ("image", "boxes")}
         return {**sample, **resized}

@@ -11,7 +11,7 @@ process work on different images instead, which is no slower.
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -26,7 +26,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data import DetectionData, DetectionDataset, same_size_batches
+from ..data.classes import align_labels, listing
 from ..data.detections import Detections
+from ..data.fields import Id
 from ..data.images import UnreadableImageError
 from ..data.records import is_main_process
 from ..data.sampling import iterating, make_loader
@@ -46,10 +48,11 @@ class EvaluationResult:
         metrics: the COCO numbers by name, see `CocoDetectionMetric`; -1 where there was no object to find.
         per_class: AP of each class by name, `None` for classes without objects.
         predictions: every detection in COCO's result format, `{"image_id", "category_id", "bbox", "score"}`, with the
-            data set's own category ids and boxes as (x, y, width, height) in pixels, ordered by image and query.
+            data set's own ids of images and categories and boxes as (x, y, width, height) in pixels, ordered by image
+            and query.
         num_images: number of images evaluated.
         seconds: wall time.
-        left_out: why images that could not be read were left out, with their objects, by image id.
+        left_out: why images that could not be read were left out, with their objects, by the data set's own id.
     """
 
     metrics: dict[str, float]
@@ -57,7 +60,7 @@ class EvaluationResult:
     predictions: list[dict]
     num_images: int
     seconds: float
-    left_out: dict[int, str] = field(default_factory=dict)
+    left_out: dict[Id, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """The metrics and the AP per class as a table, in percent; a dash where there was nothing to find."""
@@ -123,58 +126,22 @@ def evaluate_detector(
     found = sorted(
         (_with_data_labels(detections, labels) for detections in detected), key=lambda detections: detections.image_id
     )
+    own_ids = [data.own_image_id(int(detections.image_id)) for detections in found]
     scores = [_score(found, data, how) if accelerator.is_main_process else None]
     metrics = broadcast_object_list(scores)[0]
     per_class = metrics.pop("per_class")
     return EvaluationResult(
         metrics=metrics,
         per_class=per_class,
-        predictions=[result for detections in found for result in detections.to_coco(data.category_ids)],
+        predictions=[
+            result
+            for detections, image_id in zip(found, own_ids, strict=True)
+            for result in replace(detections, image_id=image_id).to_coco(data.category_ids)
+        ],
         num_images=len(found),
         seconds=time.perf_counter() - start,
-        left_out=left_out,
+        left_out={data.own_image_id(image_id): reason for image_id, reason in left_out.items()},
     )
-
-
-def align_labels(id2label: Mapping[int, str], label_names: Sequence[str]) -> np.ndarray:
-    """Match the classes of a model with those of a data set, by name.
-
-    Names are compared without regard to case, and `_` and `-` count as spaces. Where one side has no names
-    (`LABEL_0`, `0`, ...) and both have equally many classes, label i is taken for label i, with a warning.
-
-    Returns:
-        (number of the model's classes,) label of the data set for each label of the model, -1 where it has none.
-
-    Raises:
-        ValueError: no class is in both, or one class of the data set is claimed by several of the model.
-    """
-    model_names = {int(label): str(name) for label, name in id2label.items()}
-    table = np.full(max(model_names, default=-1) + 1, -1, dtype=np.int64)
-    wanted = {_plain(name): label for label, name in enumerate(label_names)}
-    for label, name in model_names.items():
-        table[label] = wanted.get(_plain(name), -1)
-
-    matched = table[table >= 0]
-    if not len(matched):
-        unnamed = any(all(_is_generic(name) for name in names) for names in (model_names.values(), label_names))
-        if unnamed and sorted(model_names) == list(range(len(label_names))):
-            _warn_once(
-                f"The model's classes ({_listing(model_names.values())}) are not those of the data "
-                f"({_listing(label_names)}); taking label 0 for label 0, and so on."
-            )
-            return np.arange(len(label_names))
-        raise UserError(
-            f"No class of the model is in the data. The model's {len(model_names)}: {_listing(model_names.values())}. "
-            f"The data's {len(label_names)}: {_listing(label_names)}. Correct id2label in the model's config.json, or "
-            "evaluate on data with its classes."
-        )
-    if len(set(matched.tolist())) < len(matched):
-        twice = sorted({label_names[label] for label in matched if (matched == label).sum() > 1})
-        raise UserError(f"Several classes of the model have the same name: {_listing(twice)}.")
-    unknown = [name for label, name in enumerate(label_names) if label not in matched]
-    if unknown:
-        _warn_once(f"{len(unknown)} classes of the data are not among the model's: {_listing(unknown)}.")
-    return table
 
 
 def autocast_context(accelerator: Accelerator, mixed_precision: str | None) -> Callable:
@@ -273,7 +240,7 @@ class _Detector:
         outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
         if not (outputs.logits.isfinite().all() and outputs.pred_boxes.isfinite().all()):
             raise FloatingPointError(
-                f"The model predicts numbers that are not finite, for image_id {_listing(i.image_id for i in images)}."
+                f"The model predicts numbers that are not finite, for image_id {listing(i.image_id for i in images)}."
             )
         post_process = self.image_processor.post_process_object_detection
         # The metric is of boxes as predicted; other processors do not clip them.
@@ -394,20 +361,6 @@ def _score(found: list[Detections], data: DetectionData, how: EvaluationOptions)
 def _warn_once(message: str) -> None:
     if is_main_process():
         logger.warning_once(message)
-
-
-def _plain(name: str) -> str:
-    return " ".join(str(name).replace("_", " ").replace("-", " ").casefold().split())
-
-
-def _is_generic(name: str) -> bool:
-    words = _plain(name).split()
-    return words[-1:] != [] and words[-1].isdigit() and words[:-1] in ([], ["label"], ["class"], ["category"])
-
-
-def _listing(names) -> str:
-    names = [str(name) for name in names]
-    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
 def as_percent(value: float | None) -> str:

@@ -13,14 +13,17 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data import DetectionData, load_detection_data
+from ..data.boxes import BOX_FORMATS
+from ..data.classes import align_labels
 from ..data.dataset import BAD_IMAGE_POLICIES
 from ..data.images import limit_pixels
+from ..data.plausibility import remarks_on_objects
 from ..errors import UserError
 from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
 from ..saved_models import load_detector, require_model_source
 from .coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
-from .evaluator import EvaluationResult, align_labels, evaluate_detector
+from .evaluator import EvaluationResult, evaluate_detector
 from .options import EvaluationOptions
 from .report import EvaluationReport
 
@@ -112,10 +115,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         required=True,
-        help="Directory in COCO's layout, Hub id or local `datasets` directory, or `synthetic`, also with options: "
+        help="Directory in COCO's layout or an annotation file in it, Hub id or local `datasets` directory (also with "
+        "options: `NAME:config=...,outside=true`), or `synthetic`, also with options: "
         "`synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3`.",
     )
     parser.add_argument("--split", default="val", help="Split of the data set (%(default)s).")
+    parser.add_argument(
+        "--box_format",
+        choices=BOX_FORMATS,
+        metavar="FORMAT",
+        help="How the data's files write boxes: xywh (if not given), xyxy, cxcywh, in pixels, or in parts of the "
+        "image with _relative (0 to 1), _percent (0 to 100) or _permille (0 to 1000), e.g. xyxy_relative.",
+    )
     parser.add_argument("--output", required=True, help="JSON file for the results.")
     parser.add_argument("--predictions", help="JSON file for the detections (OUTPUT with `_predictions`).")
     parser.add_argument("--batch_size", type=int, default=8, help="Images of a process in memory (%(default)s).")
@@ -172,6 +183,7 @@ def prepare_evaluation(
     output: str,
     split: str = "val",
     predictions: str | None = None,
+    box_format: str | None = None,
     max_samples: int | None = None,
     device: str = "auto",
     mixed_precision: str = "auto",
@@ -186,6 +198,7 @@ def prepare_evaluation(
         output: JSON file for metrics, classes, settings and versions.
         split: split of the data set.
         predictions: JSON file for the detections in COCO's result format; by default `<output>_predictions.json`.
+        box_format: how the data's files write boxes, one of `BOX_FORMATS`.
         max_samples: evaluate the first images only.
         device: see `find_device`.
         mixed_precision: see `choose_precision`.
@@ -210,7 +223,11 @@ def prepare_evaluation(
         logger.warning(f"Precision {precision.name}: {precision.reason}.")
     detector, image_processor = load_detector(model)
     limit_pixels(how.max_image_pixels)
-    data = load_detection_data(dataset, split, max_samples=max_samples)
+    data = load_detection_data(dataset, split, max_samples=max_samples, bbox_format=box_format)
+    if accelerator.is_main_process:
+        queries = getattr(detector.config, "num_queries", None)
+        for remark in remarks_on_objects(data, num_queries=queries, max_detections=how.max_detections[-1]):
+            logger.warning(remark)
     if how.on_bad_image == "stop":
         data.report.require_images()
     align_labels(detector.config.id2label, data.label_names)

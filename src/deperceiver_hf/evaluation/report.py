@@ -6,12 +6,11 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 from ..errors import UserError
-from ..output_files import write_json
+from ..output_files import as_path, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class EvaluationReport:
             FileNotFoundError: There is no such file.
             ValueError: It is not a report.
         """
-        path = Path(path)
+        path = as_path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no evaluation {path}.")
         try:

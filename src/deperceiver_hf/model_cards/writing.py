@@ -14,7 +14,7 @@ from ..benchmarks.variants import SCALES, deperceiver_v2_variant, deperceiver_va
 from ..errors import UserError
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
-from ..output_files import atomic_path, write_json
+from ..output_files import as_path, atomic_path, write_json
 from .deperceiver import make_deperceiver_card
 from .deperceiver_v2 import make_deperceiver_v2_card
 from .evaluations import Evaluation, read_evaluation
@@ -79,7 +79,7 @@ def write_model_cards(
         ValueError: There is no such configuration, or a file is not an evaluation.
         OSError: A file is missing or cannot be written.
     """
-    output_dir = Path(output_dir)
+    output_dir = as_path(output_dir)
     evaluations = evaluations or {}
     unknown = sorted(evaluations.keys() - CARDS.keys())
     if unknown:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 from accelerate.utils import LoggerType
 from transformers import HfArgumentParser
 
+from ..data.boxes import BOX_FORMATS
 from ..data.dataset import BAD_IMAGE_POLICIES
 from ..data.transforms import AUGMENTATIONS
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
 from ..machine import PRECISIONS
+from ..output_files import expand_home
 from .architectures import ARCHITECTURES, ModelOptions
 from .architectures.options import DEFAULT_IMAGE_SIZE
 from .declaration import Options, declared, option
@@ -27,13 +29,19 @@ class DataOptions(Options):
     _argument_group_name = "data"
 
     dataset: str = option(
-        "COCO directory, Hub id or local `datasets` directory, or 'synthetic', also with options: "
+        "COCO directory or annotation file, Hub id or local `datasets` directory (also with options: "
+        "'NAME:config=...,outside=true'), or 'synthetic', also with options: "
         "'synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3'.",
         "synthetic",
         resume_may_change=True,  # a directory may have moved; what is in it is compared
     )
     train_split: str = option("Split to train on.", "train")
     eval_split: str = option("Split to evaluate on.", "val")
+    box_format: Literal[BOX_FORMATS] | None = option(  # type: ignore[valid-type]
+        "How the data's files write boxes. xywh: left, top, width, height, as in COCO (if not given); xyxy: left, "
+        "top, right, bottom; cxcywh: centre, width, height; all in pixels, or in parts of the image with _relative (0 "
+        "to 1), _percent (0 to 100) or _permille (0 to 1000).",
+    )
     shortest_edge: int | None = option(
         "Size of the shortest edge in evaluation and inference, and the largest in training; 800 if not given.",
         at_least=1,
@@ -232,6 +240,9 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
         return self.output_dir or f"outputs/{self.run_name}"
 
     def __post_init__(self) -> None:
+        for name in ("output_dir", "resume", "model", "pretrained_backbone"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, expand_home(path))
         self.check_ranges()
         self._check_data()
         self._check_architecture_is_known()

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model and the image processor that a training run starts from."""
 
+import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..backbone_weights import IMAGENET_PREPROCESSING, backbone_preprocessing, default_weights
+from ..data.classes import listing, match_classes
 from ..errors import UserError, refused_fields_as_user_errors
-from ..saved_models import require_model_source
+from ..saved_models import load_config, load_image_processor, load_model
 from .architectures import ARCHITECTURES
-from .architectures.architecture import as_declared, label_fields
+from .architectures.architecture import Architecture, as_declared, label_fields
+from .architectures.backbones import TransformersArchitecture
 from .architectures.options import DEFAULT_IMAGE_SIZE
 from .arguments import TrainingOptions
 
@@ -24,8 +27,8 @@ def build_model(
     """The model to train, on the CPU in float32.
 
     Args:
-        options: What to build; with `options.model` a saved model is taken, and its heads are made new where the
-            number of classes or queries differs.
+        options: What to build; with `options.model` a saved model is taken. The rows of its heads follow the names of
+            the classes, those of new classes are new; where the number of queries differs, those are new.
         label_names: Names of the classes, by label.
         load_pretrained_backbone: `False` when a training state will bring the weights.
 
@@ -55,7 +58,7 @@ def build_image_processor(options: TrainingOptions) -> Any:
     """The processor that is saved with the model: it holds the size that the model is trained for.
 
     That of a new model prepares images as the weights of its backbone expect it, see `preprocessing_of_new_model`;
-    that of a saved model stays as it is but for the size.
+    that of a saved model stays as it is but for a size that options give.
 
     Raises:
         ValueError: The options describe no possible model, or timm has no such weights.
@@ -65,11 +68,22 @@ def build_image_processor(options: TrainingOptions) -> Any:
         processor = ARCHITECTURES[options.chosen_architecture].image_processor_class(
             **preprocessing_of_new_model(options)
         )
-    else:
-        require_model_source(options.model)
-        processor = AutoImageProcessor.from_pretrained(options.model)
-    size = DEFAULT_IMAGE_SIZE | {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
-    processor.size = type(processor.size)(**options.image_size(size))
+        size = DEFAULT_IMAGE_SIZE | {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
+        processor.size = type(processor.size)(**options.image_size(size))
+        return processor
+    processor = load_image_processor(options.model)
+    if options.shortest_edge is None and options.longest_edge is None:
+        return processor
+    size = {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
+    if not size:
+        logger.warning(f"Images are of {_described(options.image_size())} instead of {_described(processor.size)}.")
+    processor.size = type(processor.size)(**options.image_size(DEFAULT_IMAGE_SIZE | size))
+    pad_size = getattr(processor, "pad_size", None)
+    if pad_size and min(pad_size["height"], pad_size["width"]) < processor.size["longest_edge"]:
+        raise UserError(
+            f"images of {_described(processor.size)} do not fit into the {_described(pad_size)} to which the image "
+            f"processor of {options.model} pads them; give a smaller --longest_edge, or change its pad_size."
+        )
     return processor
 
 
@@ -119,26 +133,83 @@ def backbone_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]
     return {name: parameter for name, parameter in model.named_parameters() if "backbone" in name.split(".")}
 
 
+def training_mode(model: torch.nn.Module) -> None:
+    """Put a model in training mode but for what is frozen, whose statistics would move and whose dropout would act."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
 def _load_model(source: str, options: TrainingOptions, label_names: list[str]) -> PreTrainedModel:
-    require_model_source(source)
-    config = AutoConfig.from_pretrained(options.model)
+    config = load_config(source)
     if config.model_type not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)
-        raise UserError(f"--model {options.model} is of type {config.model_type}; {known} can be trained.")
+        raise UserError(f"--model {source} is of type {config.model_type}; {known} can be trained.")
     if options.architecture not in (None, config.model_type):
         raise UserError(
-            f"--model {options.model} is a {config.model_type}, not a {options.architecture}: give --architecture "
+            f"--model {source} is a {config.model_type}, not a {options.architecture}: give --architecture "
             f"{config.model_type} or none."
         )
     options.check_architecture(config.model_type)
     architecture = ARCHITECTURES[config.model_type]
-    changed = as_declared(architecture.saved_fields(options, config), type(config)) | label_fields(label_names)
-    for name, value in changed.items():
+    saved_names = [config.id2label[label] for label in range(len(config.id2label))]
+    for name, value in as_declared(architecture.saved_fields(options, config), type(config)).items():
         setattr(config, name, value)
-    model, report = architecture.model_class.from_pretrained(
-        options.model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-    )
-    if missing := sorted(report["missing_keys"] - {name for name, *_ in report["mismatched_keys"]}):
-        raise UserError(f"--model {options.model} lacks {len(missing)} weights, such as {missing[:3]}.")
+    model = load_model(source, config, architecture.model_class, ignore_mismatched_sizes=True, dtype=torch.float32)
+    if saved_names != label_names:
+        model = _with_classes(model, architecture, options, saved_names, label_names)
     architecture.prepare_saved(model)
     return model
+
+
+def _with_classes(
+    saved: PreTrainedModel,
+    architecture: Architecture,
+    options: TrainingOptions,
+    saved_names: list[str],
+    label_names: list[str],
+) -> PreTrainedModel:
+    """A model of other classes with the weights of a saved one.
+
+    Rows of the heads follow the names of the classes; those of classes that are new are as in a new model, those that
+    stand for no class, such as "no object", stay.
+    """
+    places = match_classes(label_names, saved_names)
+    kept = [name for name, place in zip(label_names, places, strict=True) if place is not None]
+    new = [name for name, place in zip(label_names, places, strict=True) if place is None]
+    left_out = [name for place, name in enumerate(saved_names) if place not in places]
+    logger.warning(
+        f"Rows of the heads follow the names of the classes: {len(kept)} kept ({listing(kept) or 'none'}), {len(new)} "
+        f"new ({listing(new) or 'none'}), {len(left_out)} left out ({listing(left_out) or 'none'})."
+    )
+    configs = [copy.deepcopy(saved.config) for _ in range(2)]
+    for config, names in zip(configs, (label_names, [*label_names, "another"]), strict=True):
+        for field, value in label_fields(names).items():
+            setattr(config, field, value)
+    with torch.device("meta"):
+        longer = architecture.model_class(configs[1]).state_dict()
+    model = architecture.model_class(configs[0])
+    if isinstance(architecture, TransformersArchitecture):
+        architecture.prepare_new(model, options)
+    before, after = saved.state_dict(), model.state_dict()
+    for name, tensor in after.items():
+        dimensions = [
+            d for d, (one, more) in enumerate(zip(tensor.shape, longer[name].shape, strict=True)) if one != more
+        ]
+        if not dimensions:  # not of the classes
+            after[name] = before[name]
+            continue
+        (dimension,) = dimensions
+        rows, old_rows = tensor.movedim(dimension, 0), before[name].movedim(dimension, 0)
+        for label, place in enumerate(places):
+            if place is not None:
+                rows[label] = old_rows[place]
+        rows[len(label_names) :] = old_rows[len(saved_names) :]
+    model.load_state_dict(after)
+    return model
+
+
+def _described(size: Any) -> str:
+    return " x ".join(str(value) for value in dict(size).values() if value) + " pixels"

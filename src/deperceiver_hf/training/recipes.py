@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
-from ..output_files import atomic_path
+from ..output_files import as_path, atomic_path
 from .arguments import TrainingOptions, make_parser
 
 SUFFIX = ".yaml"
@@ -170,7 +170,7 @@ def _own_recipes() -> Any:
 
 def _read(name: str) -> str:
     own = _own_recipes() / f"{name}{SUFFIX}"
-    path = Path(name).expanduser()
+    path = as_path(name)
     if name in recipe_names() and not path.is_file():
         return own.read_text(encoding="utf-8")
     if not path.is_file():

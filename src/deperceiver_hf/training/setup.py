@@ -24,11 +24,13 @@ from ..data import (
     is_synthetic,
     load_detection_data,
     make_train_transforms,
-    require_same_labels,
 )
+from ..data.classes import with_labels_of
 from ..data.images import limit_pixels
+from ..data.plausibility import remarks_on_objects, require_objects
 from ..data.sampling import make_loader
 from ..errors import UserError
+from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
 from ..machine import choose_precision, find_device, make_accelerator
 from .arguments import TrainingOptions
 from .building import build_image_processor
@@ -67,16 +69,17 @@ class TrainingData:
             OSError: They cannot be read.
         """
         limit_pixels(options.max_image_pixels)
-        load_split = partial(load_detection_data, options.dataset)
+        load_split = partial(load_detection_data, options.dataset, bbox_format=options.box_format)
         train = main_process_first(
             accelerator, partial(load_split, options.train_split, max_samples=options.max_train_samples)
         )
+        require_objects(train)
         evaluation = None
         if options.eval_every or options.eval_steps:
             evaluation = main_process_first(
                 accelerator, partial(load_split, options.eval_split, max_samples=options.max_eval_samples)
             )
-            require_same_labels(train, evaluation)
+            evaluation = with_labels_of(train, evaluation)
         image_processor = build_image_processor(options)
         unusual = _unusual_preprocessing(options, image_processor)
         if unusual.keys() & {"image_mean", "image_std"}:
@@ -85,8 +88,11 @@ class TrainingData:
                 f"standard deviation {image_processor.image_std}."
             )
         size = image_processor.size
+        edges = {"shortest_edge": size.shortest_edge, "longest_edge": size.longest_edge}
         transforms = make_train_transforms(
-            options.augmentation, size.shortest_edge, size.longest_edge, image_processor.resample
+            options.augmentation,
+            resample=image_processor.resample,
+            **(edges if size.shortest_edge else {"other_size": size}),
         )
         if options.on_bad_image == "stop":
             for data in filter(None, (train, evaluation)):
@@ -108,6 +114,16 @@ class TrainingData:
         )
         collate = DetectionCollator(image_processor, do_resize=False)
         return cls(train, evaluation, image_processor, dataset, collate, sampler)
+
+    def remark_on_objects(self, num_queries: int) -> None:
+        """Say what the objects of the data mean for a model with so many queries."""
+        remarks = remarks_on_objects(self.train, num_queries=num_queries, training=True)
+        if self.evaluation is not None:
+            remarks += remarks_on_objects(
+                self.evaluation, num_queries=num_queries, max_detections=COCO_MAX_DETECTIONS[-1]
+            )
+        for remark in remarks:
+            logger.warning(remark)
 
     def require_evaluation(self) -> DetectionData:
         """The data of the evaluations of a run that has some."""

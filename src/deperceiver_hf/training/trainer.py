@@ -19,7 +19,7 @@ from ..evaluation.coco_metric import areas_of_sizes
 from ..evaluation.evaluator import InterruptedEvaluationError, as_percent, evaluate_detector
 from ..output_files import require_writable_directory, write_json
 from .arguments import TrainingOptions
-from .building import build_model
+from .building import build_model, training_mode
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
 from .computation import ThreadWatch, choose_computation
 from .interruption import StopRequest
@@ -84,6 +84,7 @@ class DetectionTrainer:
             self.accelerator,
             lambda: build_model(options, self.data.train.label_names, load_pretrained_backbone=self.state is None),
         )
+        self.data.remark_on_objects(model.config.num_queries)
         most_threads = torch.get_num_threads()
         self.computation = choose_computation(options, self.accelerator, model.config, self.state)
         if self.computation.attention is not None:
@@ -168,7 +169,7 @@ class DetectionTrainer:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         self._clock = time.perf_counter()
-        self.model.train()
+        training_mode(self.model)
         # A run that ends by the clock does not know its last step: its bar is that of the epoch.
         by_clock = options.max_minutes is not None
         first_step = progress.epoch * schedule.steps_per_epoch if by_clock else 0
@@ -253,7 +254,7 @@ class DetectionTrainer:
         """Loss, its terms, and what is wrong with the predictions, if they are too broken to have a loss."""
         try:
             outputs = self.model(
-                pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"], labels=batch["labels"]
+                pixel_values=batch["pixel_values"], pixel_mask=batch.get("pixel_mask"), labels=batch["labels"]
             )
         except FloatingPointError as error:
             return torch.full((), torch.nan, device=self.accelerator.device), {}, str(error)

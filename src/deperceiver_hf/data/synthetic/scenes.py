@@ -15,7 +15,8 @@ import PIL.ImageDraw
 from datasets import Dataset
 
 from ...errors import UserError
-from ..annotations import AnnotationList, as_integer, image_path_column, record_columns
+from ..annotations import AnnotationList, image_path_column, record_columns
+from ..fields import as_integer
 from ..records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
 from .context import (
     CONTEXT_LABELS,
