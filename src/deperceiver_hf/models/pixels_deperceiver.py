@@ -166,7 +166,7 @@ def _integers_to_uint8(values: torch.Tensor) -> torch.Tensor:
     if kind == "uint16":
         if 0 < high < 256:
             logger.warning_once(
-                f"An image of 16 bit integers has no value above {high} and is nearly black: it is not scaled by its "
+                "An image of 16 bit integers has no value above 255 and is nearly black: it is not scaled by its "
                 "content. Convert it to 8 bit (uint8) if that is what the values are."
             )
         bits = 16
