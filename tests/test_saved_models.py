@@ -2,6 +2,7 @@
 """Saved models: what is wrong with a directory is said in a line, and training keeps all that a processor does."""
 
 import json
+import logging
 import os
 import pickle
 import random
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from conftest import tiny_v2_config
 from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
 from deperceiver_hf.cli import main
+from deperceiver_hf.errors import UserError
 from deperceiver_hf.saved_models import load_detector
-from deperceiver_hf.training import DetectionTrainer, build_model
+from deperceiver_hf.training import DetectionTrainer, build_image_processor, build_model
 from deperceiver_hf.training.building import training_mode
 from training_runs import TINY_ARCHITECTURES, tiny_options
 
@@ -103,6 +105,9 @@ DAMAGES = {
     "a weight missing": edit_weights(lambda w: w.pop(first(w, "weight"))),
     "a weight of another shape": edit_weights(lambda w: w.update({first(w, "bias"): torch.zeros(3)})),
     "a weight that is not a number": edit_weights(lambda w: w[first(w, "weight")].view(-1)[:1].fill_(torch.nan)),
+    "a variance below 0": edit_weights(lambda w: w[first(w, "running_var")][:1].fill_(-1e-6)),
+    "weights that are integers": edit_weights(lambda w: w.update({first(w, "weight"): torch.zeros(2, 24).int()})),
+    "a weight too many": edit_weights(lambda w: w.update({"model.another.weight": torch.zeros(3)})),
     "an infinite variance": edit_weights(lambda w: w[first(w, "running_var")].fill_(torch.inf)),
     "config empty": lambda directory: (directory / "config.json").write_bytes(b""),
     "config is a list": lambda directory: (directory / "config.json").write_text("[]", encoding="utf-8"),
@@ -116,6 +121,12 @@ DAMAGES = {
     "config of more classes": edit_json("config.json", id2label={"0": "a", "1": "b", "2": "c"}),
     "config of labels with gaps": edit_json("config.json", id2label={"0": "a", "5": "b"}),
     "config of labels that are a list": edit_json("config.json", id2label=["a", "b"]),
+    "config of fewer classes": edit_json("config.json", id2label={"0": "a"}),
+    "config of another number of classes": edit_json("config.json", num_labels=5),
+    "config of labels in words": edit_json("config.json", id2label={"a": "cat", "b": "dog"}),
+    "config of labels without names": edit_json("config.json", id2label={"0": "cat", "1": None}),
+    "config with fewer layers": edit_json("config.json", decoder_layers=1),
+    "config with remote code": edit_json("config.json", model_type="mine", auto_map={"AutoConfig": "code.Config"}),
     "config without backbone": edit_json("config.json", backbone_config=None),
     "config with an unknown backbone": edit_json("config.json", backbone_config={"model_type": "no_such_backbone"}),
     "processor empty": lambda directory: (directory / "preprocessor_config.json").write_bytes(b""),
@@ -123,6 +134,17 @@ DAMAGES = {
     "processor of another kind": edit_json("preprocessor_config.json", image_processor_type="NoSuchProcessor"),
     "processor with a size that is none": edit_json("preprocessor_config.json", size={"radius": 7}),
     "processor with a size of text": edit_json("preprocessor_config.json", size="large"),
+    "processor of images alone": edit_json("preprocessor_config.json", image_processor_type="ViTImageProcessor"),
+    "processor of many crops": edit_json("preprocessor_config.json", image_processor_type="LlavaNextImageProcessor"),
+    "processor of another detector": edit_json("preprocessor_config.json", image_processor_type="DetrImageProcessor"),
+    "processor with a size of nothing": edit_json("preprocessor_config.json", size={"shortest_edge": 0}),
+    "processor with a size below nothing": edit_json("preprocessor_config.json", size={"height": -4, "width": 4}),
+    "processor with a size in letters": edit_json("preprocessor_config.json", size={"shortest_edge": "64"}),
+    "processor with a size that it does not know": edit_json("preprocessor_config.json", size={"longest_edge": 64}),
+    "processor that pads to less than its size": edit_json(
+        "preprocessor_config.json", pad_size={"height": 32, "width": 32}
+    ),
+    "processor that divides by 0": edit_json("preprocessor_config.json", image_std=[0, 0, 0]),
     "processor missing": lambda directory: (directory / "preprocessor_config.json").unlink(),
     "config missing": lambda directory: (directory / "config.json").unlink(),
 }
@@ -136,6 +158,44 @@ def test_what_is_wrong_with_a_directory_is_said_in_a_line(saved, tmp_path, damag
         load_detector(str(directory))
     assert str(raised.value).count("\n") == 0
     assert not (directory / "EXECUTED").exists()
+
+
+def test_a_file_of_a_model_is_no_model_but_its_directory_is(saved):
+    with pytest.raises(UserError, match=f"give the directory that it is in, {saved}"):
+        load_detector(str(saved / WEIGHTS))
+
+
+@pytest.mark.parametrize("field", [{"d_model": 32}, {"id2label": {"0": "a", "1": "b", "2": "c"}}])
+def test_training_starts_from_no_weights_of_another_shape(saved, tmp_path, field):
+    directory = shutil.copytree(saved, tmp_path / "changed")
+    edit_json("config.json", **field)(directory)
+    with pytest.raises(UserError, match=rf"{directory} lacks .* weights"):
+        build_model(tiny_options(tmp_path, {"model": str(directory)}), ["cat", "dog"])
+
+
+@pytest.mark.parametrize("name", ["deperceiver", "detr"])  # with weights for each query
+def test_another_number_of_queries_is_said(tmp_path, name, caplog):
+    options = tiny_options(tmp_path, TINY_ARCHITECTURES[name])
+    before = build_model(options, ["cat", "dog"])
+    before.save_pretrained(tmp_path / "saved")
+    build_image_processor(options).save_pretrained(tmp_path / "saved")
+    with caplog.at_level(logging.WARNING, logger="deperceiver_hf"):
+        model = build_model(tiny_options(tmp_path, {"model": str(tmp_path / "saved")}, num_queries=7), ["cat", "dog"])
+    assert "has 12 object queries and 7 are asked for: 1 weights are new" in caplog.text
+    after = model.state_dict()
+    assert [name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after[name])] == [
+        name for name, tensor in after.items() if tensor.shape[:1] == (7,)
+    ]
+
+
+@pytest.mark.parametrize("name", TINY_ARCHITECTURES)
+def test_every_architecture_loads_with_its_own_processor(tmp_path, name):
+    options = tiny_options(tmp_path, TINY_ARCHITECTURES[name])
+    build_model(options, ["cat", "dog"]).save_pretrained(tmp_path / "saved")
+    build_image_processor(options).save_pretrained(tmp_path / "saved")
+    model, processor = load_detector(str(tmp_path / "saved"))
+    assert not model.training
+    assert hasattr(processor, "post_process_object_detection")
 
 
 @pytest.mark.parametrize("damage", ["weights cut off", "config is a list", "processor is a list"])

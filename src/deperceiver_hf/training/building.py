@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..backbone_weights import IMAGENET_PREPROCESSING, backbone_preprocessing, default_weights
-from ..data.classes import listing, match_classes
+from ..data.classes import corresponding_classes, listing
 from ..errors import UserError, refused_fields_as_user_errors
 from ..saved_models import load_config, load_image_processor, load_model
 from .architectures import ARCHITECTURES
@@ -154,10 +154,11 @@ def _load_model(source: str, options: TrainingOptions, label_names: list[str]) -
         )
     options.check_architecture(config.model_type)
     architecture = ARCHITECTURES[config.model_type]
+    saved_queries = getattr(config, "num_queries", None)
     saved_names = [config.id2label[label] for label in range(len(config.id2label))]
     for name, value in as_declared(architecture.saved_fields(options, config), type(config)).items():
         setattr(config, name, value)
-    model = load_model(source, config, architecture.model_class, ignore_mismatched_sizes=True, dtype=torch.float32)
+    model = load_model(source, config, architecture.model_class, saved_queries=saved_queries, dtype=torch.float32)
     if saved_names != label_names:
         model = _with_classes(model, architecture, options, saved_names, label_names)
     architecture.prepare_saved(model)
@@ -176,7 +177,7 @@ def _with_classes(
     Rows of the heads follow the names of the classes; those of classes that are new are as in a new model, those that
     stand for no class, such as "no object", stay.
     """
-    places = match_classes(label_names, saved_names)
+    places = corresponding_classes(label_names, saved_names)
     kept = [name for name, place in zip(label_names, places, strict=True) if place is not None]
     new = [name for name, place in zip(label_names, places, strict=True) if place is None]
     left_out = [name for place, name in enumerate(saved_names) if place not in places]
