@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForObjectDetection
 
+from coco_samples import annotation, write_coco
 from conftest import tiny_v2_config
 from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
 from deperceiver_hf.cli import main
+from deperceiver_hf.data.transforms import AUGMENTATIONS
 from deperceiver_hf.errors import UserError
 from deperceiver_hf.saved_models import load_detector
 from deperceiver_hf.training import DetectionTrainer, build_image_processor, build_model
@@ -255,7 +258,9 @@ OTHER_FIELDS = {
         {"max_height": 70, "max_width": 90},
         {"shortest_edge": 40, "longest_edge": 60},
         {"shortest_edge": 40},
+        {"shortest_edge": 60, "longest_edge": 40},
     ],
+    "do_resize": [False],
     "pad_size": [{"height": 128, "width": 160}],
     "do_normalize": [False],
     "do_rescale": [False],
@@ -273,37 +278,84 @@ CASES = [(name, value) for name, values in OTHER_FIELDS.items() for value in val
 
 def test_every_field_of_the_processor_is_looked_at():
     fields = DePerceiverV2ImageProcessor().to_dict().keys()
-    no_choice = {"image_processor_type", "data_format", "do_resize", "auto_map", "image_processor_class"}
+    no_choice = {"image_processor_type", "data_format", "auto_map", "image_processor_class"}
     assert {name for name in fields if not name.startswith("_")} - no_choice <= OTHER_FIELDS.keys()
 
 
-@pytest.mark.parametrize(("name", "value"), CASES)
-def test_training_keeps_and_uses_every_field_of_a_saved_processor(saved, tmp_path, name, value):
-    directory = shutil.copytree(saved, tmp_path / "saved")
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> str:
+    """Images of several aspect ratios, with an object each."""
+    sizes = [(160, 40), (60, 90), (64, 64), (50, 56)]
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(sizes)],
+        "annotations": [annotation(i + 1, i, 1, [8, 8, 16, 16], area=256.0) for i in range(len(sizes))],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    split = {"annotation_file": "annotations/instances_train.json", "image_dir": "train"}
+    return str(write_coco(tmp_path_factory.mktemp("pictures"), content, **split))
+
+
+def run_from(saved, tmp_path, pictures, fields, **options) -> DetectionTrainer:
+    """A run of a step from a saved model whose image processor has other fields."""
+    directory = shutil.copytree(saved, tmp_path / "changed")
     processor = DePerceiverV2ImageProcessor.from_pretrained(saved)
     settings = {key: setting for key, setting in processor.to_dict().items() if not key.startswith("_")}
-    if name == "do_pad":
-        settings["size"] = {"height": 64, "width": 64}  # images of one size need no padding
-    DePerceiverV2ImageProcessor(**settings | {name: value}).save_pretrained(directory)
-    options = {"model": str(directory), "shortest_edge": None, "augmentation": "none", "batch_size": 2}
-    run = DetectionTrainer(tiny_options(tmp_path / "run", options, max_steps=1))
+    DePerceiverV2ImageProcessor(**settings | fields).save_pretrained(directory)
+    given = {"model": str(directory), "dataset": pictures, "shortest_edge": None, "batch_size": 4} | options
+    return DetectionTrainer(tiny_options(tmp_path / "run", given, max_steps=1))
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_training_keeps_and_uses_every_field_of_a_saved_processor(saved, tmp_path, pictures, name, value):
+    one_size = {"size": {"height": 64, "width": 64}} if name == "do_pad" else {}  # then nothing is to be padded
+    run = run_from(saved, tmp_path, pictures, one_size | {name: value}, augmentation="none")
     batch = next(iter(run.data.loader(0, 0, num_workers=0, pin_memory=False)))
     run.train()
 
     written = json.loads((tmp_path / "run" / "last" / "preprocessor_config.json").read_text(encoding="utf-8"))
     assert written[name] == value
-    expected = DePerceiverV2ImageProcessor.from_pretrained(directory)
-    dataset = run.data.dataset
-    rows = [int(label["image_id"]) for label in batch["labels"]]
-    images = [
-        dataset.data.dataset[ids.index(row)]["image"] for ids in [dataset.data.dataset["image_id"]] for row in rows
-    ]
-    prepared = expected(images, return_tensors="pt")
-    assert batch["pixel_values"].shape == prepared["pixel_values"].shape
+    rows = run.data.train.dataset
+    image_ids = [int(label["image_id"]) for label in batch["labels"]]
+    images = [rows[rows["image_id"][:].index(image_id)]["image"] for image_id in image_ids]
+    prepared = DePerceiverV2ImageProcessor.from_pretrained(tmp_path / "changed")(images, return_tensors="pt")
+    assert batch.keys() - {"labels", "unreadable"} == prepared.keys()
+    for key in prepared:
+        assert batch[key].shape == prepared[key].shape
     # The same pixels, but for the rounding of an image that is resized as bytes.
-    scale = prepared["pixel_values"].std()
-    assert (batch["pixel_values"] - prepared["pixel_values"]).abs().mean() < 0.05 * scale
+    difference = (batch["pixel_values"] - prepared["pixel_values"]).abs().mean()
+    assert difference < 0.05 * prepared["pixel_values"].std()
     assert all(((label["boxes"] >= 0) & (label["boxes"] <= 1)).all() for label in batch["labels"])
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize(
+    "fields",
+    [{"size": {"height": 48, "width": 80}}, {"size": {"max_height": 70, "max_width": 90}}, {"do_resize": False}],
+)
+def test_augmentation_gives_the_sizes_of_the_processor(saved, tmp_path, pictures, augmentation, fields):
+    run = run_from(saved, tmp_path, pictures, fields, augmentation=augmentation)
+    processor, rows = run.data.image_processor, run.data.train.dataset
+    for index in range(len(rows)):
+        expected = tuple(processor(rows[index]["image"], return_tensors="pt")["pixel_values"].shape[-2:])
+        for epoch in range(4):
+            run.data.dataset.set_epoch(epoch)
+            size = tuple(run.data.dataset[index]["image"].shape[-2:])
+            assert size in (expected, expected[::-1] if augmentation == "crop_any_orientation" else expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"size": {"height": 48, "width": 80}}, "not 48 x 80 pixels"),
+        ({"do_resize": False}, "not as large as they are"),
+    ],
+)
+def test_an_edge_that_is_asked_for_wins_over_a_size_of_another_kind(saved, tmp_path, pictures, caplog, fields, said):
+    with caplog.at_level(logging.WARNING, logger="deperceiver_hf"):
+        run = run_from(saved, tmp_path, pictures, fields, shortest_edge=32, augmentation="none")
+    assert said in caplog.text
+    assert run.data.image_processor.do_resize
+    assert min(run.data.dataset[2]["image"].shape[-2:]) == 32
 
 
 @pytest.mark.parametrize("name", TINY_ARCHITECTURES)
@@ -319,3 +371,21 @@ def test_a_frozen_backbone_has_no_moving_statistic(tmp_path, name):
     labels = [{"class_labels": torch.tensor([0]), "boxes": box} for _ in range(2)]
     model(pixel_values=torch.rand(2, 3, 64, 64), pixel_mask=torch.ones(2, 64, 64).long(), labels=labels)
     assert all(torch.equal(buffer, before[key]) for key, buffer in backbone.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["deperceiver", "deperceiver_v2"])
+@pytest.mark.parametrize("fields", [{"freeze_backbone": True}, {"frozen_backbone_stages": 2}])
+def test_frozen_parts_stay_as_they_are_in_whatever_trains_the_model(tmp_path, name, fields):
+    config = build_model(tiny_options(tmp_path, TINY_ARCHITECTURES[name]), ["a", "b"]).config
+    for field, value in {"freeze_batch_norm": False, **fields}.items():
+        setattr(config, field, value)
+    model = AutoModelForObjectDetection.from_config(config).train()
+    norms = {key: module for key, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    frozen = {key for key, module in norms.items() if not module.weight.requires_grad}
+    before = {key: module.running_mean.clone() for key, module in norms.items()}
+    model(pixel_values=torch.rand(2, 3, 64, 64))
+    still = {key for key, module in norms.items() if torch.equal(module.running_mean, before[key])}
+    assert still == frozen
+    assert (still == norms.keys()) == ("freeze_backbone" in fields)
+    assert still
+    assert not any(module.training for module in model.eval().modules())
