@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    ImageProcessingMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -32,6 +33,7 @@ from .output_files import expand_home
 logger = logging.get_logger(__name__)
 
 LFS_POINTER = b"version https://git-lfs"
+PROCESSOR_FIELDS = {"image_processor_type", "feature_extractor_type", "size"}  # it has one of them
 WEIGHT_FILES = (".safetensors", ".bin", ".json")
 BATCH_COUNTER = "num_batches_tracked"  # of batch norms that learn; frozen ones have none
 
@@ -86,6 +88,12 @@ def load_image_processor(source: str) -> Any:
     config = load_config(source)
     source = expand_home(source)
     with _naming(source):
+        stated, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        if not stated.keys() & PROCESSOR_FIELDS:
+            raise UserError(
+                f"preprocessor_config.json of {source} describes no image processor: it has none of the fields "
+                f"{', '.join(sorted(PROCESSOR_FIELDS))}."
+            )
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
         _require_sizes(processor, source)
         gray = np.full((8, 8, 3), 128, dtype=np.uint8)
