@@ -23,7 +23,25 @@ from training_runs import tiny_options
 WEIGHTS = "model.safetensors"
 JSON_FILES = ("config.json", "preprocessor_config.json")
 NAMES = ["cat", "dog"]
-ODD_VALUES: list[Any] = [None, True, -1, 0, 3, 1.5, 1e308, "", "text", "64", [], [1], ["a", None], {}, {"a": 1}, [[1]]]
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    3,
+    1.5,
+    1e308,
+    "",
+    "text",
+    "64",
+    [],
+    [1],
+    ["a", None],
+    {},
+    {"a": 1},
+    [[1]],
+]
 
 
 @pytest.fixture(scope="module")

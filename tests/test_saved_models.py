@@ -148,6 +148,8 @@ DAMAGES = {
     "processor that pads to less than its size": edit_json(
         "preprocessor_config.json", pad_size={"height": 32, "width": 32}
     ),
+    "processor with a switch of text": edit_json("preprocessor_config.json", do_normalize="no"),
+    "processor that makes all black": edit_json("preprocessor_config.json", rescale_factor=0),
     "processor that divides by 0": edit_json("preprocessor_config.json", image_std=[0, 0, 0]),
     "processor missing": lambda directory: (directory / "preprocessor_config.json").unlink(),
     "config missing": lambda directory: (directory / "config.json").unlink(),
@@ -210,6 +212,19 @@ def test_models_of_other_precisions_are_whole(saved, tmp_path, dtype):
     assert load_detector(str(tmp_path / "saved"))[0].dtype == dtype
     trained = build_model(tiny_options(tmp_path, {"model": str(tmp_path / "saved")}), ["cat", "dog"])
     assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("part", [[], ["backbone_config"]])
+def test_models_that_return_tuples_elsewhere_detect_here(saved, tmp_path, part):
+    directory = shutil.copytree(saved, tmp_path / "saved")
+    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    changed = content
+    for name in part:
+        changed = changed[name]
+    changed["return_dict"] = False
+    (directory / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    model, _ = load_detector(str(directory))
+    assert model(pixel_values=torch.zeros(1, 3, 64, 64)).logits.isfinite().all()
 
 
 def test_models_in_several_files_are_whole(saved, tmp_path):

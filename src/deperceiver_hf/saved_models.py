@@ -77,6 +77,9 @@ def load_config(source: str) -> PreTrainedConfig:
         if type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
             raise UserError(f"{source} is a {kind}, which detects no objects.")
         repair_labels(config, source)
+    for part in (config, getattr(config, "backbone_config", None)):
+        if part is not None:
+            part.return_dict = True  # what a model returns is read by name here, however it is used elsewhere
     return config
 
 
@@ -96,13 +99,18 @@ def load_image_processor(source: str) -> Any:
                 f"{', '.join(sorted(PROCESSOR_FIELDS))}."
             )
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-        _require_sizes(processor, source)
-        gray = np.full((8, 8, 3), 128, dtype=np.uint8)
-        prepared = processor(images=[gray], return_tensors="pt")["pixel_values"]
+        _require_switches_and_sizes(processor, source)
+        black_and_white = [np.full((8, 8, 3), value, dtype=np.uint8) for value in (0, 255)]
+        prepared = processor(images=black_and_white, return_tensors="pt")["pixel_values"]
         if prepared.ndim != 4 or prepared.shape[1] != 3 or not torch.isfinite(prepared).all():
             raise UserError(
                 f"preprocessor_config.json of {source} makes of an image what no detector takes: numbers that are not "
-                f"finite, or the shape {tuple(prepared.shape)} instead of (1, 3, height, width)."
+                f"finite, or the shape {tuple(prepared.shape[1:])} instead of (3, height, width)."
+            )
+        if torch.equal(prepared[0], prepared[1]):
+            raise UserError(
+                f"preprocessor_config.json of {source} makes a black image and a white one equal; correct its "
+                "rescale_factor, image_mean and image_std."
             )
         _require_detections_of(processor, config, source)
     return processor
@@ -205,8 +213,11 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _require_sizes(processor: Any, source: str) -> None:
-    """Refuse numbers of pixels that are none."""
+def _require_switches_and_sizes(processor: Any, source: str) -> None:
+    """Refuse switches that are neither on nor off, and numbers of pixels that are none."""
+    for field, value in processor.to_dict().items():
+        if field.startswith("do_") and not isinstance(value, bool | None):
+            raise UserError(f"preprocessor_config.json of {source} has {field} = {value!r}; true or false is needed.")
     for field in ("size", "pad_size", "crop_size"):
         for side, value in dict(getattr(processor, field, None) or {}).items():
             if value is not None and (type(value) is not int or value < 1):
