@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput, logging
 
 from .data.classes import repair_labels, require_class_names
+from .data.records import is_main_process
 from .errors import UserError, one_line
 from .models.configuration_deperceiver import DePerceiverConfig
 from .models.configuration_deperceiver_v2 import DePerceiverV2Config
@@ -274,7 +275,7 @@ def _require_all_weights(
             f"{source} lacks {len(lacking)} weights that its config.json with {config.num_labels} classes asks for, "
             f"e.g. {lacking[0]}; it was saved by another version or only in part, or config.json was changed."
         )
-    if new:
+    if new and is_main_process():
         logger.warning(
             f"{source} has {saved_queries} object queries and {config.num_queries} are asked for: {len(new)} weights "
             f"are new, e.g. {min(new)}."
@@ -283,7 +284,8 @@ def _require_all_weights(
         said = f"{source} has {len(left_over)} weights that its config.json does not ask for, e.g. {left_over[0]}"
         if isinstance(config, DePerceiverConfig | DePerceiverV2Config):
             raise UserError(f"{said}; config.json was changed, or belongs to other weights.")
-        logger.warning(f"{said}. They are left out.")
+        if is_main_process():
+            logger.warning(f"{said}. They are left out.")
 
 
 def _require_plausible_weights(model: PreTrainedModel, source: str) -> None:

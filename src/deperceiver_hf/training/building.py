@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..backbone_weights import IMAGENET_PREPROCESSING, backbone_preprocessing, default_weights
 from ..data.classes import corresponding_classes, listing
+from ..data.records import is_main_process
 from ..errors import UserError, refused_fields_as_user_errors
 from ..models.backbone_deperceiver import keep_frozen_parts
 from ..saved_models import load_config, load_image_processor, load_model
@@ -79,7 +80,8 @@ def build_image_processor(options: TrainingOptions) -> Any:
     size = {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
     before = _described(processor.size) if getattr(processor, "do_resize", True) else "as large as they are"
     if not size or not getattr(processor, "do_resize", True):
-        logger.warning(f"Images become {_described(options.image_size(DEFAULT_IMAGE_SIZE | size))}, not {before}.")
+        if is_main_process():
+            logger.warning(f"Images become {_described(options.image_size(DEFAULT_IMAGE_SIZE | size))}, not {before}.")
         processor.do_resize = True
     processor.size = type(processor.size)(**options.image_size(DEFAULT_IMAGE_SIZE | size))
     pad_size = getattr(processor, "pad_size", None)
@@ -182,10 +184,11 @@ def _with_classes(
     kept = [name for name, place in zip(label_names, places, strict=True) if place is not None]
     new = [name for name, place in zip(label_names, places, strict=True) if place is None]
     left_out = [name for place, name in enumerate(saved_names) if place not in places]
-    logger.warning(
-        f"Rows of the heads follow the names of the classes: {len(kept)} kept ({listing(kept) or 'none'}), {len(new)} "
-        f"new ({listing(new) or 'none'}), {len(left_out)} left out ({listing(left_out) or 'none'})."
-    )
+    if is_main_process():
+        logger.warning(
+            f"Rows of the heads follow the names of the classes: {len(kept)} kept ({listing(kept) or 'none'}), "
+            f"{len(new)} new ({listing(new) or 'none'}), {len(left_out)} left out ({listing(left_out) or 'none'})."
+        )
     configs = [copy.deepcopy(saved.config) for _ in range(2)]
     for config, names in zip(configs, (label_names, [*label_names, "another"]), strict=True):
         for field, value in label_fields(names).items():
