@@ -165,9 +165,11 @@ def record_columns(
         own_id, box = (own_ids or {}).get(image_id, image_id), annotations.bbox[position]
         return f"image_id {own_id}, annotation id {annotations.id[position]}, bbox {str(box)[:100]}"
 
-    def note(issue: str, flags: np.ndarray) -> None:
+    def note(issue: str, flags: np.ndarray, of: str | None = None) -> None:
         if flags.any():
-            report.add(issue, describe(int(flags.argmax())), int(flags.sum()))
+            position = int(flags.argmax())
+            value = "" if of is None else f", {of} {str(getattr(annotations, of)[position])[:100]}"
+            report.add(issue, f"{describe(position)}{value}", int(flags.sum()))
 
     width, height = sizes[image_index].astype(np.float64).T
     finite = np.isfinite(boxes).all(axis=1)
@@ -191,7 +193,7 @@ def record_columns(
     area = np.asarray([as_number(value) for value in annotations.area], dtype=np.float64)
     stated = np.asarray([value is not None for value in annotations.area], dtype=bool)
     usable = (area > 0) & (area < np.finfo(np.float32).max)
-    note("invalid_area", keep & stated & ~usable)
+    note("invalid_area", keep & stated & ~usable, of="area")
     area = np.where(usable, area, boxes[:, 2] * boxes[:, 3])
 
     order = np.flatnonzero(keep)
@@ -199,7 +201,7 @@ def record_columns(
     objects_per_image = np.bincount(image_index[order], minlength=len(image_ids))
     offsets = pa.array(np.concatenate([[0], np.cumsum(objects_per_image)]), type=pa.int32())
     crowds = [False if value is None else as_truth(value) for value in annotations.iscrowd]
-    note("invalid_crowd", keep & np.array([value is None for value in crowds], dtype=bool))
+    note("invalid_crowd", keep & np.array([value is None for value in crowds], dtype=bool), of="iscrowd")
     crowd = np.array(crowds, dtype=bool)[order]
     ids, replaced = _as_annotation_ids([annotations.id[i] for i in order])
     if any(annotations.id[i] is not None for i in order):  # a data set without any ids needs no remark
