@@ -22,7 +22,14 @@ from deperceiver_hf.training import trainer
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of this project's tests."""
+    parser.addoption("--fuzz", type=int, default=24, help="How many odd inputs to put through the commands.")
     parser.addoption("--kill-everywhere", action="store_true", help="Kill a run at every file operation, not at some.")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """As many seeds as `--fuzz` says, for tests that take one."""
+    if "fuzz_seed" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("--fuzz")))
 
 
 def tiny_config(**overrides) -> DePerceiverConfig:

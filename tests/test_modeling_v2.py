@@ -61,7 +61,7 @@ def test_output_shapes(variant, images, labels):
     assert torch.equal(outputs.intermediate_boxes[:, -1], outputs.pred_boxes)
     # What does not begin with the images cannot be taken apart by `pipeline`.
     assert all(len(value) == 2 for value in outputs.values() if isinstance(value, torch.Tensor) and value.ndim)
-    assert outputs.is_query is None
+    assert outputs.query_mask is None
     if config.query_selection:
         assert outputs.selection_logits.shape == (2, 9, 5)
     else:
@@ -182,7 +182,7 @@ def test_mask_of_ones_changes_nothing(images, dtype):
         expected = model(images)
         outputs = model(images, torch.ones(2, 64, 96, dtype=dtype))
     torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=1e-5)
-    assert outputs.is_query.all()
+    assert outputs.query_mask.all()
 
 
 @pytest.mark.parametrize("mask_padding", [True, False])
@@ -199,7 +199,7 @@ def test_only_what_the_mask_calls_real_is_read(images, position_bias, mask_paddi
         assert (weights[..., 6:] == 0).all()
         if not position_bias:  # everything is read from everywhere
             assert (weights[..., :4, :6] > 0).all()
-    assert outputs.is_query.all()
+    assert outputs.query_mask.all()
 
 
 def test_what_stands_in_the_padding_plays_no_part(images):
@@ -264,9 +264,9 @@ def test_images_of_fewer_tokens_than_queries(size, tokens, backbone, classificat
     target = {name: values[:1] for name, values in labels[0].items()}  # no more objects than there are tokens
     alone, in_padding, beside = compare_alone_and_beside(model, images[:1, :, : size[0], : size[1]], target)
     assert alone.logits.shape[1] == tokens
-    assert beside.is_query.sum(1).tolist() == [tokens, 9]
+    assert beside.query_mask.sum(1).tolist() == [tokens, 9]
     for outputs in (in_padding, beside):
-        shown = outputs.is_query[0]
+        shown = outputs.query_mask[0].bool()
         assert (outputs.logits[0, ~shown] < -1000).all()
         torch.testing.assert_close(outputs.logits[:1, shown], alone.logits, rtol=0, atol=5e-5)
         torch.testing.assert_close(outputs.pred_boxes[:1, shown], alone.pred_boxes, rtol=0, atol=5e-5)
@@ -302,7 +302,7 @@ def test_selected_tokens_are_never_padding(position_bias, images):
     with torch.no_grad():
         outputs = model(padded, mask)
         boxes = DePerceiverV2ForObjectDetection(tiny_v2_config(feature_strides=16)).eval()(padded, mask)
-    assert outputs.is_query.all()
+    assert outputs.query_mask.all()
     assert (boxes.selection_boxes[..., :2] < 1).all()
     assert len({tuple(center) for center in boxes.selection_boxes[0, :, :2].tolist()}) == 9
 
@@ -542,7 +542,9 @@ def test_half_precision(variant, dtype, tmp_path, images):
     assert outputs.pred_boxes.isfinite().all()
     # Rounding changes the order in which tokens are chosen, so each box is compared with its nearest.
     apart = torch.cdist(outputs.pred_boxes.float(), expected.pred_boxes, p=float("inf")).min(-1).values
-    shown = torch.ones(2, apart.shape[1], dtype=torch.bool) if outputs.is_query is None else outputs.is_query
+    shown = (
+        torch.ones(2, apart.shape[1], dtype=torch.bool) if outputs.query_mask is None else outputs.query_mask.bool()
+    )
     assert apart[shown].quantile(0.9) < 0.05
     assert apart[shown].max() < 0.2
 

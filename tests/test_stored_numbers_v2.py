@@ -77,7 +77,7 @@ def compute_numbers(preset: str) -> Numbers:
     torch.manual_seed(0)  # of the noise of the denoising queries
     outputs = model(**stored_inputs())
     outputs.loss.backward()
-    is_query = outputs.is_query
+    is_query = outputs.query_mask.bool()
     assert is_query.sum(1)[0] > is_query.sum(1)[1]  # the second image has padding queries, which predict nothing
     squares = {}
     for name, parameter in model.named_parameters():

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' own `Trainer` trains and evaluates the model, and gathers nothing but predictions."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -55,7 +61,45 @@ def test_trainer_trains_and_gathers_predictions_only(tmp_path, make_model, field
     assert metrics["eval_loss"] > 0
     (batches,) = gathered
     for batch in batches:
-        logits, boxes = batch
+        losses, logits, boxes = batch  # in the order of DETR, which transformers' example for detection expects
+        assert "loss_bbox" in losses
         queries, no_object = logits_shape
         assert logits.shape == (2, queries, len(data.label_names) + no_object)
         assert boxes.shape == (2, queries, 4)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "processor"),
+    [(tiny_model, DePerceiverImageProcessor), (tiny_v2_model, DePerceiverV2ImageProcessor)],
+    ids=["v1", "v2"],
+)
+def test_the_detection_example_of_transformers_runs_on_a_saved_model(tmp_path, make_model, processor):
+    """A process that knows nothing of this package takes another data set's classes, trains, evaluates each epoch by
+    entries 1 and 2 of the predictions, goes back to the best model, writes a card and detects."""
+    source, output = tmp_path / "source", tmp_path / "output"
+    make_model(num_labels=5).save_pretrained(source)
+    processor(size={"shortest_edge": 48, "longest_edge": 64}).save_pretrained(source)
+    without_the_package = "import runpy, sys; sys.modules['deperceiver_hf'] = None; sys.argv.pop(0)"
+    process = subprocess.run(
+        [
+            *(sys.executable, "-c", f"{without_the_package}; runpy.run_path(sys.argv[0], run_name='__main__')"),
+            *(str(Path(__file__).with_name("trainer_example.py")), str(source), str(output)),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf_home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    summary = json.loads(process.stdout.splitlines()[-1])
+    assert len(summary["history"]) == 2
+    assert summary["best"] == max(summary["history"])
+    assert 0 <= summary["test"] <= 1
+    assert summary["module"].startswith("transformers_modules.")
+    assert summary["num_labels"] == 3
+    assert summary["size"] == {"max_height": 96, "max_width": 96}
+    assert summary["pad_size"] == {"height": 96, "width": 96}
+    assert {found["label"] for found in summary["detections"]} <= {"red", "green", "blue"}
+    assert len(summary["detections"]) > 0
+    assert "object-detection" in (output / "README.md").read_text(encoding="utf-8")

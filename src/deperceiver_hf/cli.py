@@ -34,7 +34,7 @@ from types import FrameType, ModuleType
 import torch
 
 from .errors import INTERRUPTED_CODE, explain
-from .jobs import Result
+from .jobs import Result, printable
 
 PROGRAM = "deperceiver"
 
@@ -70,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: After `--help`, and with code 2 if the command line cannot be read.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console that cannot show a letter gets an escape
+            stream.reconfigure(errors="backslashreplace")
     shared, arguments = _shared_options().parse_known_args(arguments)
     if not arguments or arguments[0] not in COMMANDS:
         _overview().parse_args(arguments)  # ends the program
@@ -95,10 +98,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"{PROGRAM} {name}: error: {failure.message}")
         return failure.code
     if _is_main_process():
-        print(_as_json(result) if as_json else result.summary())
+        _print(_as_json(result) if as_json else printable(result.summary(), keep="\n\t"))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return getattr(result, "exit_code", 0)
+
+
+def _print(text: str) -> None:
+    """Print to stdout; whoever reads it there may have had enough of it, as `head` has."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes what a terminal would obey, which names of files and classes may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
 
 
 @contextlib.contextmanager
@@ -122,7 +140,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _shown_log() -> Iterator[None]:
     """Within, what the package logs is seen on stderr. Libraries show their own; a handler for all would repeat it."""
     logger, handler = logging.getLogger(__package__), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:

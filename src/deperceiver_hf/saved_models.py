@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -55,7 +56,12 @@ def load_image_processor(source: str) -> Any:
     """
     source = require_model_source(source)
     with _naming(source):
-        return AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source)
+        gray = np.full((8, 8, 3), 128, dtype=np.uint8)
+        prepared = processor(images=[gray], do_resize=False, do_pad=False, return_tensors="pt")["pixel_values"]
+        if not torch.isfinite(prepared).all():
+            raise UserError("preprocessor_config.json makes numbers of an image that are not finite.")
+    return processor
 
 
 def load_model(
@@ -96,8 +102,8 @@ def load_model(
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"{source}: {broken[0]} is not finite, as are {len(broken) - 1} others; the model cannot be used. Take "
-            "one that was saved before its training broke."
+            f"{len(broken)} weights of {source}, e.g. {broken[0]}, are not finite (NaN or infinite): it is damaged, "
+            "or from a training that failed. Take an earlier model of the run."
         )
     return model
 

@@ -112,7 +112,6 @@ class DePerceiverConfig(DePerceiverBackboneConfig):
 
     model_type = "deperceiver"
     keys_to_ignore_at_inference = [  # noqa: RUF012
-        "loss_dict",
         "auxiliary_outputs",
         "last_hidden_state",
         "intermediate_hidden_states",

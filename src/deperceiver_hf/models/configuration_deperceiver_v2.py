@@ -124,14 +124,13 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
 
     model_type = "deperceiver_v2"
     keys_to_ignore_at_inference = [  # noqa: RUF012
-        "loss_dict",
         "auxiliary_outputs",
         "last_hidden_state",
         "intermediate_hidden_states",
         "intermediate_boxes",
         "selection_logits",
         "selection_boxes",
-        "is_query",
+        "query_mask",
         "hidden_states",
         "attentions",
         "cross_attentions",

@@ -27,7 +27,7 @@ from transformers.utils import TensorType
 from .pixels_deperceiver import as_tensor, open_rgb_picture, to_rgb, to_uint8, upright
 
 
-class DePerceiverImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
+class DetectionProcessingKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
     """The options of `transformers.processing_utils.ImagesKwargs`, and one of detection processors.
 
     Attributes:
@@ -48,7 +48,7 @@ else:
 class DetectionProcessingMixin(Backend):
     """Everything of the image processor but the resampling of pixels, which comes from the transformers backend."""
 
-    valid_kwargs = DePerceiverImageProcessorKwargs
+    valid_kwargs = DetectionProcessingKwargs
     model_input_names: ClassVar[list[str]] = ["pixel_values", "pixel_mask"]
 
     do_convert_rgb = True
@@ -69,7 +69,7 @@ class DetectionProcessingMixin(Backend):
         self,
         images: ImageInput,
         annotations: dict[str, Any] | list[dict[str, Any]] | None = None,
-        **kwargs: Unpack[DePerceiverImageProcessorKwargs],
+        **kwargs: Unpack[DetectionProcessingKwargs],
     ) -> BatchFeature:
         """Prepare images, and their annotations if given, for the model.
 

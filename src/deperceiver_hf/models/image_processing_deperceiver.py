@@ -10,6 +10,7 @@ import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
 from .detection_processing_deperceiver import (
+    DetectionProcessingKwargs,
     DetectionProcessingMixin,
     PilProcessingMixin,
     boxes_in_pixels,
@@ -17,8 +18,17 @@ from .detection_processing_deperceiver import (
 )
 
 
+class DePerceiverImageProcessorKwargs(DetectionProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
+    """Options of the image processors of this file."""
+
+
+DePerceiverImageProcessorPilKwargs = DePerceiverImageProcessorKwargs
+
+
 class SoftmaxDetectionMixin(DetectionProcessingMixin):
     """Post-processing of models whose classes, "no object" among them, share one softmax."""
+
+    valid_kwargs = DePerceiverImageProcessorKwargs
 
     @classmethod
     def backend_classes(cls) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 
 from .detection_processing_deperceiver import (
+    DetectionProcessingKwargs,
     DetectionProcessingMixin,
     PilProcessingMixin,
     boxes_in_pixels,
@@ -14,8 +15,17 @@ from .detection_processing_deperceiver import (
 )
 
 
+class DePerceiverV2ImageProcessorKwargs(DetectionProcessingKwargs, total=False):  # type: ignore[call-arg]  # a TypedDict
+    """Options of the image processors of this file."""
+
+
+DePerceiverV2ImageProcessorPilKwargs = DePerceiverV2ImageProcessorKwargs
+
+
 class SigmoidDetectionMixin(DetectionProcessingMixin):
     """Post-processing of models that score each class by a sigmoid of its own."""
+
+    valid_kwargs = DePerceiverV2ImageProcessorKwargs
 
     @classmethod
     def backend_classes(cls) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 PADDING_COST = 1e6  # of giving any object to a padding query
+BOX_TOLERANCE = 0.01  # by which rounding may take a target box beyond [0, 1]
 
 
 class DetectionTargets(NamedTuple):
@@ -154,19 +155,22 @@ def hungarian_match(
 
     Raises:
         FloatingPointError: Predictions or target boxes are not finite; says which.
-        ValueError: A class label is not one of the model's.
+        ValueError: A class label is not one of the model's, or a target box is not in [0, 1].
     """
     num_layers, batch_size, num_queries, num_outputs = logits.shape
     num_classes = num_outputs - 1 if num_classes is None else num_classes
     class_labels = targets.class_labels
+    labels_in_range = class_labels.clamp(0, num_classes - 1)
     problems = {
         "logits": ~logits.isfinite().all(),
         "pred_boxes": ~pred_boxes.isfinite().all(),
         "target boxes": ~targets.boxes.isfinite().all(),
-        "class_labels": ((class_labels < 0) | (class_labels >= num_classes)).any(),
+        "class_labels": (labels_in_range != class_labels).any(),
+        "boxes": _is_implausible(targets.boxes).any(),
     }
-    labels_in_range = targets._replace(class_labels=class_labels.clamp(0, num_classes - 1))
-    cost = matching_cost(logits, pred_boxes, labels_in_range, config, class_cost_function)
+    cost = matching_cost(
+        logits, pred_boxes, targets._replace(class_labels=labels_in_range), config, class_cost_function
+    )
     if is_query is not None:  # all objects alike, so that padding has no part in who gets which of the others
         cost = cost.masked_fill(~is_query[..., None], PADDING_COST)
     # One copy brings the costs and the verdicts on the inputs to the host.
@@ -174,9 +178,18 @@ def hungarian_match(
     on_host = torch.cat((flags, cost.flatten())).cpu()
     found = [name for name, flag in zip(problems, on_host[: len(problems)].tolist(), strict=True) if flag]
     if "class_labels" in found:
+        wrong = class_labels[labels_in_range != class_labels][0]
         raise ValueError(
-            f"`class_labels` must be in [0, {num_classes}) for a model with {num_classes} classes. Use "
-            f"contiguous labels, and a model whose `num_labels` is that of the dataset."
+            f"`class_labels` must be in [0, {num_classes}) for a model with {num_classes} classes, but one is "
+            f"{wrong}. Use contiguous labels, and a model whose `num_labels` is that of the dataset."
+        )
+    if "boxes" in found:
+        image, index = _is_implausible(targets.boxes).nonzero()[0].tolist()
+        box = ", ".join(f"{value:g}" for value in targets.boxes[image, index].tolist())
+        raise ValueError(
+            "`boxes` must be (center_x, center_y, width, height) in [0, 1] of the un-padded image, but box "
+            f"{index} of image {image} of the batch is ({box}). Divide pixels by the image's width and height, or let "
+            "the image processor make the labels from COCO annotations."
         )
     if found:
         raise FloatingPointError(f"matching needs finite numbers, but these are not: {', '.join(found)}.")
@@ -189,6 +202,11 @@ def hungarian_match(
             pairs.extend((layer, image, int(q), int(t)) for q, t in zip(queries, objects, strict=True))
     indices = torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.contiguous()
     return MatchedPairs(*indices.to(logits.device, non_blocking=True))
+
+
+def _is_implausible(boxes: torch.Tensor) -> torch.Tensor:
+    """Which of the target boxes `(B, T, 4)` are not in [0, 1], `(B, T)`; NaN is for another check."""
+    return ((boxes < -BOX_TOLERANCE) | (boxes > 1 + BOX_TOLERANCE)).any(-1)
 
 
 def mean_boxes_per_process(num_boxes: int, device: torch.device) -> torch.Tensor:

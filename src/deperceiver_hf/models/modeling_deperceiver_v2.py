@@ -63,8 +63,8 @@ class DePerceiverV2ModelOutput(ModelOutput):
         Class logits of the tokens that the object latents were made from.
     selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
         Boxes of the object latents before the first block.
-    is_query (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
-        `False` at padding queries: a padded image has fewer tokens than the batch has object latents.
+    query_mask (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
+        1 at queries, 0 at padding queries: a padded image has fewer tokens than the batch has object latents.
     denoising_hidden_states (`torch.Tensor` of shape `(batch_size, layers, num_denoising, d_model)`, *optional*):
         Denoising queries after every block.
     denoising_boxes (`torch.Tensor` of shape `(batch_size, layers, num_denoising, 4)`, *optional*):
@@ -84,7 +84,7 @@ class DePerceiverV2ModelOutput(ModelOutput):
     intermediate_boxes: torch.Tensor | None = None
     selection_logits: torch.Tensor | None = None
     selection_boxes: torch.Tensor | None = None
-    is_query: torch.Tensor | None = None
+    query_mask: torch.Tensor | None = None
     denoising_hidden_states: torch.Tensor | None = None
     denoising_boxes: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -118,8 +118,8 @@ class DePerceiverV2ObjectDetectionOutput(ModelOutput):
         Class logits of the tokens that the object latents were made from.
     selection_boxes (`torch.Tensor` of shape `(batch_size, num_queries, 4)`):
         Boxes of the object latents before the first block.
-    is_query (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
-        `False` at padding queries: a padded image has fewer tokens than the batch has object latents.
+    query_mask (`torch.Tensor` of shape `(batch_size, num_queries)`, *optional*):
+        1 at queries, 0 at padding queries: a padded image has fewer tokens than the batch has object latents.
     hidden_states (`tuple(torch.Tensor)`, *optional*):
         All latents before the first and after every block.
     attentions (`tuple(torch.Tensor)`, *optional*):
@@ -138,7 +138,7 @@ class DePerceiverV2ObjectDetectionOutput(ModelOutput):
     intermediate_boxes: torch.Tensor | None = None
     selection_logits: torch.Tensor | None = None
     selection_boxes: torch.Tensor | None = None
-    is_query: torch.Tensor | None = None
+    query_mask: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -285,7 +285,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             intermediate_boxes=object_boxes,
             selection_logits=selected.logits,
             selection_boxes=selected.boxes,
-            is_query=selected.is_query,
+            query_mask=None if selected.is_query is None else selected.is_query.long(),
             denoising_hidden_states=denoising_states,
             denoising_boxes=denoising_boxes,
         )
@@ -341,14 +341,15 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
             if self.training and self.config.num_denoising_queries:
                 denoising = make_denoising_queries(targets, self.config)
         outputs = self.model(pixel_values, pixel_mask, denoising, **kwargs)
-        logits = self._classify(outputs.intermediate_hidden_states, outputs.is_query)  # (L, B, Q, C)
+        is_query = None if outputs.query_mask is None else outputs.query_mask.bool()
+        logits = self._classify(outputs.intermediate_hidden_states, is_query)  # (L, B, Q, C)
         pred_boxes = outputs.intermediate_boxes.transpose(0, 1)  # (L, B, Q, 4)
 
         loss = loss_dict = auxiliary_outputs = None
         if targets is not None:
             selection = denoised = None
             if outputs.selection_logits is not None:
-                selection_logits = _silence_padding(outputs.selection_logits, outputs.is_query)
+                selection_logits = _silence_padding(outputs.selection_logits, is_query)
                 selection = Predictions(selection_logits[None], outputs.selection_boxes[None])
             if denoising is not None:
                 denoised = Predictions(
@@ -357,7 +358,7 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
             loss, loss_dict = detection_loss(
                 selection,
                 Predictions(logits, pred_boxes),
-                outputs.is_query,
+                is_query,
                 denoised,
                 denoising,
                 targets,
