@@ -164,7 +164,7 @@ def test_boxes_of_other_images_are_remarked_on(tmp_path):
 
 def test_data_without_an_object_to_learn_from_are_refused_with_the_reasons(tmp_path):
     flat = load_detection_data(write(tmp_path / "flat", [[[5, 5, 0, 0]]] * 3), "val")
-    with pytest.raises(ValueError, match="no object to learn from: 3 images with 0 objects.*3 boxes of zero"):
+    with pytest.raises(ValueError, match=r"no object to learn from: 3 images with 0 objects.*3 boxes of zero"):
         require_objects(flat)
     none = load_detection_data(write(tmp_path / "none", [[]] * 3), "val")
     with pytest.raises(ValueError, match="list no others"):

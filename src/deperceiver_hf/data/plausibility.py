@@ -192,7 +192,7 @@ def _fitting(boxes: np.ndarray, named: np.ndarray, sizes: np.ndarray, units: tup
         form
         for form in formats
         if _fits(form.to_xywh(boxes, sizes, named), sizes, ROUNDING).mean() >= NEARLY_ALL
-        and (form.unit in ("pixels", "relative") or _reach(form, boxes, named) >= 0.7)
+        and (form.unit in ("pixels", "relative") or _reach(form, boxes, named) >= 0.9)
     ]
 
 
