@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run computes is chosen once, and taken over when it is resumed."""
 
-import json
-
 import pytest
 import torch
 from accelerate import PartialState
@@ -39,17 +37,6 @@ def test_what_was_chosen_is_kept_on_resume(tmp_path, found):
 def test_what_is_asked_for_is_not_measured(tmp_path, found):
     run = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, attn_implementation="sdpa"))
     assert run.model.config._attn_implementation == "sdpa"
-
-
-def test_states_of_earlier_versions_left_it_to_transformers(tmp_path, found):
-    options = {"attn_implementation": None, "max_steps": 1, "epochs": 1}
-    DetectionTrainer(tiny_options(tmp_path, TINY_DETR, **options)).train()
-    file = next(tmp_path.glob("state-*/training_state.json"))
-    content = json.loads(file.read_text())
-    del content["computation"]
-    file.write_text(json.dumps(content))
-    resumed = DetectionTrainer(tiny_options(tmp_path, TINY_DETR, **options, resume="auto"))
-    assert resumed.computation.attention is None
 
 
 @pytest.mark.parametrize("model", TINY_ARCHITECTURES.values(), ids=TINY_ARCHITECTURES)

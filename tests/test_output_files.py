@@ -269,7 +269,7 @@ def test_text_files_are_utf_8_whatever_the_locale(path):
         if name in ("read_text", "write_text"):
             encoded = len(node.args) > (name == "write_text")
         elif name == "open":
-            of_library = isinstance(function, ast.Attribute) and ast.unparse(function.value).endswith("Image")
+            of_library = isinstance(function, ast.Attribute) and ast.unparse(function.value).endswith(("Image", "os"))
             modes = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
             encoded = of_library or any("b" in str(mode) for mode in modes)
         elif name in ("run", "Popen", "check_output") and keywords & {"text", "universal_newlines"}:

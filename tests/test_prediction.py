@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,19 @@ def test_full_disk_ends_the_run_with_what_was_done(model_directory, pictures, tm
     assert not content["complete"]
     assert [image["annotated"] is None for image in content["images"]] == [False, False, True]
     assert explain(OSError(errno.ENOSPC, "No space left on device", "a.png")).code == 2
+
+
+def test_results_without_a_place_are_kept_elsewhere(model_directory, pictures, tmp_path, monkeypatch):
+    job = prepare_prediction(
+        str(model_directory), [str(pictures / "a" / "0.png")], output_dir=str(tmp_path / "out"), draw=False
+    )
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(OSError, match=r"out.predictions\.json cannot be written.*what was found is in ") as raised:
+        job.run(progress=False)
+    (kept,) = tmp_path.glob("deperceiver-*/predictions.json")
+    assert str(kept) in str(raised.value)
+    assert len(json.loads(kept.read_text(encoding="utf-8"))["images"]) == 1
 
 
 def test_picture_that_cannot_be_written_is_an_error_of_its_file(model_directory, pictures, tmp_path, monkeypatch):

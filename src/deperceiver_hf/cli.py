@@ -190,7 +190,7 @@ def _overview() -> argparse.ArgumentParser:
 
 
 def _as_json(result: Result) -> str:
-    return json.dumps(result.to_dict(), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    return json.dumps(result.to_dict(), indent=2, allow_nan=False, default=str)
 
 
 def _say(line: str) -> None:

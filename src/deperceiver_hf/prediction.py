@@ -7,6 +7,7 @@ import errno
 import functools
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,8 @@ class PredictionJob:
         """Detect on all files, and write JSON and pictures.
 
         A file that fails is recorded and the others go on. After Ctrl-C, and after an error that ends the run, such as
-        a full disk, what is done by then is in the JSON file. Files of an earlier run are overwritten where the names
+        a full disk, what is done by then is in the JSON file; if that has no place either, in one of the system's
+        directory for temporary files, which the error names. Files of an earlier run are overwritten where the names
         are the same; nothing else is touched.
 
         Raises:
@@ -176,8 +178,18 @@ class PredictionJob:
             for entries in (report.images, report.errors):
                 entries.sort(key=lambda entry: position.get(entry["file"], len(position)))
             report.first_frames.sort(key=position.__getitem__)
-            write_json(self.json_path, report.to_dict())
+            self._write(report)
         return report
+
+    def _write(self, report: PredictionReport) -> None:
+        try:
+            write_json(self.json_path, report.to_dict())
+        except OSError as error:
+            rescued = Path(tempfile.mkdtemp(prefix="deperceiver-")) / JSON_NAME
+            write_json(rescued, report.to_dict())
+            raise OSError(
+                f"{self.json_path} cannot be written ({error.strerror}); what was found is in {rescued} instead."
+            ) from error
 
     def _batches(self, report: PredictionReport, bar: tqdm) -> Iterator[list[tuple[Path, Image.Image]]]:
         """Images of equal size, so that nothing is padded: what is found does not depend on the batch."""

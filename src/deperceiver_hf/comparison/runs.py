@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..benchmarks.report import require_matplotlib
-from ..errors import UserError
+from ..errors import UserError, explain
 from ..machine import describe_machine
 from ..output_files import require_writable_directory, write_json
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
@@ -158,11 +158,12 @@ def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is
         logger.info(f"{directory}: {'resumed' if resumed else 'started'}")
         try:
             interrupted = _train(model, options, command)
-        except (ArithmeticError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: out of memory, CUDA
-            logger.error(f"{directory} failed: {error}", exc_info=isinstance(error, RuntimeError))
+        except Exception as error:  # out of memory, CUDA, data: the other models may do better
+            logger.error(f"{directory} failed: {explain(error).message}")
+            logger.debug("where it failed", exc_info=error)
             _describe(directory, model, options, command)
             diverged = isinstance(error, NonFiniteLossError)
-            write_json(failure, {"error": str(error), "diverged": diverged, "settings": _settings(options)})
+            write_json(failure, {"error": explain(error).message, "diverged": diverged, "settings": _settings(options)})
             training.remove_states()
             return
         finally:
@@ -179,7 +180,8 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
     trainer = DetectionTrainer(options)
     try:
         data = trainer.data
-        edge = data.image_processor.size.shortest_edge
+        size = data.image_processor.size
+        edge = size.shortest_edge or size.height or size.max_height
         parameters, flops = count_model(options, data.train.label_names, edge)
         _describe(
             Path(options.directory),
