@@ -173,13 +173,12 @@ def record_columns(
 
     width, height = sizes[image_index].astype(np.float64).T
     finite = np.isfinite(boxes).all(axis=1)
-    positive = finite & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
     with np.errstate(over="ignore", invalid="ignore"):  # of numbers at the end of the floats
         low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         limits = np.stack([width, height], axis=1)
         clipped_low, clipped_high = low.clip(0, limits), high.clip(0, limits)
-        # A box that has no extent in float32, in which models compute, has none.
-        inside = (clipped_high.astype(np.float32) > clipped_low.astype(np.float32)).all(axis=1)
+        positive = finite & (boxes[:, 2:] > 0).all(axis=1) & _have_extent(low, high)
+        inside = _have_extent(clipped_low, clipped_high)
         keep = positive & inside
         excess = np.maximum(clipped_low - low, high - clipped_high).max(axis=1, initial=0)
     note("invalid_box", ~finite)
@@ -228,6 +227,11 @@ def record_columns(
             [pa.ListArray.from_arrays(offsets, values) for values in columns.values()], names=list(columns)
         ),
     }
+
+
+def _have_extent(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(N,) whether boxes have an extent in float32, in which models compute."""
+    return (high.astype(np.float32) > low.astype(np.float32)).all(axis=1)
 
 
 def image_path_column(paths: list[str | None]) -> pa.StructArray:
