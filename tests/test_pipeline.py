@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    ObjectDetectionPipeline,
+    pipeline,
+)
+from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import hub
@@ -310,3 +321,67 @@ def test_model_and_processor_are_pushed_with_their_code(architecture, monkeypatc
     assert model_repo == processor_repo == "someone/tiny-deperceiver"
     assert model_files - {"README.md"} == architecture.model_files
     assert processor_files - {"README.md"} == architecture.processor_files
+
+
+@pytest.fixture(scope="module")
+def detector(saved):
+    return pipeline("object-detection", model=str(saved))
+
+
+def assert_same_detections(found, expected):
+    for detection, other in zip(found, expected, strict=True):
+        assert detection["label"] == other["label"]
+        assert detection["score"] == pytest.approx(other["score"], abs=1e-5)
+        assert list(detection["box"].values()) == pytest.approx(list(other["box"].values()), abs=1)  # truncated
+
+
+@pytest.mark.parametrize("options", [{}, {"do_pad": False}, {"pad_size": {"height": 100, "width": 100}}])
+def test_pictures_of_any_size_share_a_batch_and_are_found_as_alone(architecture, options):
+    model, processor = architecture.tiny_model(), architecture.tiny_processor()
+    for name, value in options.items():
+        setattr(processor, name, value)
+    runner = pipeline("object-detection", model=model, image_processor=processor)
+    pictures = [picture(60, 90), picture(90, 60), picture(64, 64), picture(50, 100), picture(200, 80)]
+    alone = [runner(image, threshold=0) for image in pictures]
+    for batch_size in (2, 3, 5):
+        for found, expected in zip(runner(pictures, threshold=0, batch_size=batch_size), alone, strict=True):
+            assert_same_detections(found, expected)
+
+
+def test_pictures_of_any_kind_are_opened_as_by_the_image_processor(detector, tmp_path):
+    gray = picture(60, 90).convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gray.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    deep.save(tmp_path / "deep.png")
+    expected = detector(gray, threshold=0)
+    kinds = [deep, tmp_path / "deep.png", str(tmp_path / "deep.png"), gray.convert("RGBA"), gray.convert("LA")]
+    kinds += [Image.fromarray(np.asarray(gray, dtype=np.float32) / 255), Image.open(tmp_path / "turned.png")]
+    for kind in [*kinds, str(tmp_path / "turned.png")]:
+        assert detector(kind, threshold=0) == expected
+    for found in detector([str(tmp_path / "deep.png"), gray], threshold=0, batch_size=2):
+        assert_same_detections(found, expected)
+
+
+def test_what_is_no_picture_is_refused_in_one_sentence(detector, tmp_path):
+    with pytest.raises(TypeError, match="Got a ndarray as an image; expected a path"):
+        detector(np.zeros((5, 5, 3), dtype=np.uint8))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"Cannot read an image from .*text\.png"):
+        detector(str(tmp_path / "text.png"))
+
+
+def test_other_models_have_the_pipeline_of_transformers():
+    config = DetrConfig(
+        backbone_config=CONFIG_MAPPING["resnet"](
+            embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_indices=[1]
+        ),
+        **{"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 3, "num_labels": 2},
+        **{"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8},
+    )
+    model, processor = DetrForObjectDetection(config).eval(), DetrImageProcessor(size={"height": 64, "width": 64})
+    ours = pipeline("object-detection", model=model, image_processor=processor)
+    theirs = ObjectDetectionPipeline(model=model, image_processor=processor)
+    pictures = [picture(60, 90), picture(90, 60)]
+    assert ours(pictures, threshold=0, batch_size=2) == theirs(pictures, threshold=0, batch_size=2)

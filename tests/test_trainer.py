@@ -68,6 +68,7 @@ def test_trainer_trains_and_gathers_predictions_only(tmp_path, make_model, field
         assert boxes.shape == (2, queries, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_model", "processor"),
     [(tiny_model, DePerceiverImageProcessor), (tiny_v2_model, DePerceiverV2ImageProcessor)],

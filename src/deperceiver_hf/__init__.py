@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbone_weights import backbone_preprocessing, create_model
 from .conversion.original_checkpoint import load_original
@@ -26,6 +27,7 @@ from .models.modeling_deperceiver_v2 import (
     DePerceiverV2Model,
     DePerceiverV2PreTrainedModel,
 )
+from .models.pipeline_deperceiver import DePerceiverObjectDetectionPipeline
 
 __version__ = "0.3.0.dev0"
 
@@ -45,6 +47,9 @@ for _config, _model, _detector, _processor in (
     _detector.register_for_auto_class("AutoModelForObjectDetection")
     for _processor_class in _processor.backend_classes().values():
         _processor_class.register_for_auto_class("AutoImageProcessor")
+
+# `pipeline("object-detection")` chooses its class by the task alone. For other models this one is the class it was.
+PIPELINE_REGISTRY.supported_tasks["object-detection"]["impl"] = DePerceiverObjectDetectionPipeline
 
 _MOVED = {  # modules of version 0.2, and where what was in them is now
     **{

@@ -21,7 +21,7 @@ from transformers import Pipeline, pipeline
 
 from .data.detections import Detections
 from .data.image_files import IMAGE_SUFFIXES, FoundImages, describe_left_out, find_images, search_images
-from .data.images import has_more_frames, open_rgb
+from .data.images import has_more_frames, limit_pixels, open_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
 from .errors import FAILURE_CODE, INTERRUPTED_CODE, FailedRunError, UserError, is_out_of_memory, one_line
 from .jobs import printable
@@ -286,6 +286,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", required=True, help="Directory for predictions.json and annotated/.")
     parser.add_argument("--threshold", type=float, default=0.5, help="Lowest score of a detection (%(default)s).")
     parser.add_argument("--batch_size", type=int, default=4, help="Images of one size at a time (%(default)s).")
+    parser.add_argument(
+        "--max_image_pixels", type=int, help="Images of more pixels are errors (178956970 if not given)."
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda:1, mps, ... (%(default)s).")
     parser.add_argument("--no_draw", dest="draw", action="store_false", help="Write no pictures.")
 
@@ -302,6 +305,7 @@ def prepare_prediction(
     output_dir: str,
     threshold: float = 0.5,
     batch_size: int = 4,
+    max_image_pixels: int | None = None,
     device: str = "auto",
     draw: bool = True,
 ) -> PredictionJob:
@@ -314,6 +318,7 @@ def prepare_prediction(
         output_dir: directory for `predictions.json` and the pictures in `annotated/`, made if need be.
         threshold: lowest score of a detection, in [0, 1].
         batch_size: images that go through the model at a time, if that many are of one size.
+        max_image_pixels: images of more pixels are errors, see `limit_pixels`.
         device: see `find_device`.
         draw: write annotated pictures.
 
@@ -326,6 +331,7 @@ def prepare_prediction(
         raise UserError(f"threshold must be in [0, 1], got {threshold}.")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}.")
+    limit_pixels(max_image_pixels)
     require_model_source(model)
     if draw:
         require_supervision()

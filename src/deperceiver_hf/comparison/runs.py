@@ -163,9 +163,8 @@ def _do_run(model: ModelSpec, options: TrainingOptions, command: str, failure_is
             logger.debug("where it failed", exc_info=error)
             _describe(directory, model, options, command)
             diverged = isinstance(error, NonFiniteLossError)
-            write_json(
-                failure, {"error": explain(error).message, "diverged": diverged, "settings": _settings(options)}
-            )
+            reason = explain(error).message
+            write_json(failure, {"error": reason, "diverged": diverged, "settings": _settings(options)})
             training.remove_states()
             return
         finally:

@@ -24,6 +24,9 @@ with contextlib.suppress(ImportError):  # Pillow reads HEIF where this is instal
     pillow_heif.register_heif_opener()
 
 
+_earlier_limit: list[int | None] = []  # of Pillow, while `limit_pixels` has set another
+
+
 class UnreadableImageError(OSError):
     """A file that is not there, no image, a broken one or too large; the message is the reason alone."""
 
@@ -149,13 +152,18 @@ def decode_rgb(image: dict | PIL.Image.Image, image_id: Id) -> PIL.Image.Image:
 
 
 def limit_pixels(limit: int | None) -> None:
-    """Refuse images of more pixels than `limit` from here on, in this process; `None` leaves Pillow's limit.
+    """Refuse images of more pixels than `limit` from here on, in this process; `None` restores Pillow's own limit.
 
     Pillow refuses what has twice as many pixels as its limit says, since a small file can hold an image that fills the
     memory.
     """
-    if limit is not None:
-        PIL.Image.MAX_IMAGE_PIXELS = -(-limit // 2)
+    if limit is None:
+        if _earlier_limit:
+            PIL.Image.MAX_IMAGE_PIXELS = _earlier_limit.pop()
+        return
+    if not _earlier_limit:
+        _earlier_limit.append(PIL.Image.MAX_IMAGE_PIXELS)
+    PIL.Image.MAX_IMAGE_PIXELS = -(-limit // 2)
 
 
 @contextlib.contextmanager

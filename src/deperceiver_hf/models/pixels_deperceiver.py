@@ -67,6 +67,8 @@ def exif_orientation(image: Image.Image) -> int:
         # A picture of the same metadata: `getexif` of a PNG would decode it, and what is damaged would stay with it.
         stand_in = Image.new("1", (1, 1))
         stand_in.info = {key: image.info[key] for key in _ORIENTATION_KEYS if key in image.info}
+        if "xmp" in stand_in.info:  # a name that Pillow 11.0 does not look under
+            stand_in.info.setdefault("XML:com.adobe.xmp", stand_in.info["xmp"].decode(errors="replace"))
         orientation = int(stand_in.getexif().get(_ORIENTATION, 1))
     except Exception:  # each entry of an unexpected type has an exception of its own
         return 1
@@ -166,7 +168,7 @@ def _integers_to_uint8(values: torch.Tensor) -> torch.Tensor:
     if kind == "uint16":
         if 0 < high < 256:
             logger.warning_once(
-                f"An image of 16 bit integers has no value above {high} and is nearly black: it is not scaled by its "
+                "An image of 16 bit integers has no value above 255 and is nearly black: it is not scaled by its "
                 "content. Convert it to 8 bit (uint8) if that is what the values are."
             )
         bits = 16
