@@ -10,6 +10,8 @@ import pytest
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.data.boxes import BOX_FORMATS, BoxFormat, xywh_to_xyxy
 from deperceiver_hf.data.plausibility import count_objects, remarks_on_objects, require_objects
+from deperceiver_hf.training import DetectionTrainer
+from training_runs import tiny_options
 
 SIZE = (90, 60)
 
@@ -202,3 +204,22 @@ def test_more_objects_than_can_be_found_are_told_with_the_recall_that_is_possibl
     assert "up to 20 objects of a class" in remarks_on_objects(data, max_detections=10)[0]
     assert remarks_on_objects(data, num_queries=20, max_detections=20) == []
     assert "no object of 1 of its 2 classes: b" in remarks_on_objects(data, training=True)[0]
+
+
+def test_training_says_what_is_wrong_with_its_objects_before_it_begins(tmp_path, caplog):
+    root = tmp_path / "data"
+    write(root, [[]] * 3, split="val")
+    write(root, [[[5, 5, 0, 0]]] * 3, split="train")
+    given = {"dataset": str(root), "eval_every": 1, "batch_size": 1}
+    with pytest.raises(ValueError, match="no object to learn from"):
+        DetectionTrainer(tiny_options(tmp_path / "run", **given))
+    write(root, [random_boxes(30)] * 3, split="train")
+    DetectionTrainer(tiny_options(tmp_path / "run", **given))
+    said = [record.message for record in caplog.records]
+    for sentence in ("12 queries", "has no objects (3 images)", "no object of 1 of its 2 classes"):
+        assert any(sentence in message for message in said), sentence
+    caplog.clear()
+    write(root, xywh_to_xyxy(random_boxes(9)).reshape(3, 3, 4).tolist(), split="train")
+    run = DetectionTrainer(tiny_options(tmp_path / "run", **given | {"box_format": "xyxy"}))
+    assert not any("queries" in record.message for record in caplog.records)
+    np.testing.assert_allclose(loaded_boxes(run.data.train), random_boxes(9), atol=1e-9)
