@@ -220,6 +220,6 @@ def test_training_says_what_is_wrong_with_its_objects_before_it_begins(tmp_path,
         assert any(sentence in message for message in said), sentence
     caplog.clear()
     write(root, xywh_to_xyxy(random_boxes(9)).reshape(3, 3, 4).tolist(), split="train")
-    run = DetectionTrainer(tiny_options(tmp_path / "run", **given | {"box_format": "xyxy"}))
+    run = DetectionTrainer(tiny_options(tmp_path / "corners", **given | {"box_format": "xyxy"}))
     assert not any("queries" in record.message for record in caplog.records)
     np.testing.assert_allclose(loaded_boxes(run.data.train), random_boxes(9), atol=1e-9)

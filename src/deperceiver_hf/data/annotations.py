@@ -231,7 +231,7 @@ def record_columns(
 
 def _have_extent(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """(N,) whether boxes have an extent in float32, in which models compute."""
-    return (high.astype(np.float32) > low.astype(np.float32)).all(axis=1)
+    return np.all(high.astype(np.float32) > low.astype(np.float32), axis=1)
 
 
 def image_path_column(paths: list[str | None]) -> pa.StructArray:
