@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_v2_config
-from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
+from deperceiver_hf import DePerceiverV2ImageProcessor
 from deperceiver_hf.cli import main
 from deperceiver_hf.saved_models import load_detector
 from deperceiver_hf.training import DetectionTrainer, build_model
@@ -21,16 +20,6 @@ from deperceiver_hf.training.building import training_mode
 from training_runs import TINY_ARCHITECTURES, tiny_options
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "saved"
-    names = {0: "cat", 1: "dog"}
-    config = tiny_v2_config(num_labels=2, id2label=names, label2id={name: label for label, name in names.items()})
-    DePerceiverV2ForObjectDetection(config).save_pretrained(directory)
-    DePerceiverV2ImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(directory)
-    return directory
 
 
 def edit_json(name, **changes):
@@ -129,8 +118,8 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_wrong_with_a_directory_is_said_in_a_line(saved, tmp_path, damage):
-    directory = shutil.copytree(saved, tmp_path / "damaged")
+def test_what_is_wrong_with_a_directory_is_said_in_a_line(cat_and_dog, tmp_path, damage):
+    directory = shutil.copytree(cat_and_dog, tmp_path / "damaged")
     DAMAGES[damage](directory)
     with pytest.raises((OSError, ValueError), match=str(directory)) as raised:
         load_detector(str(directory))
@@ -140,11 +129,11 @@ def test_what_is_wrong_with_a_directory_is_said_in_a_line(saved, tmp_path, damag
 
 @pytest.mark.parametrize("damage", ["weights cut off", "config is a list", "processor is a list"])
 @pytest.mark.parametrize("command", ["predict", "evaluate", "train"])
-def test_commands_end_in_one_line_with_2(saved, tmp_path, capsys, damage, command):
-    directory = shutil.copytree(saved, tmp_path / "damaged")
+def test_commands_end_in_one_line_with_2(cat_and_dog, tmp_path, capsys, damage, command):
+    directory = shutil.copytree(cat_and_dog, tmp_path / "damaged")
     DAMAGES[damage](directory)
     arguments = {
-        "predict": [str(saved.parent), "--output_dir", str(tmp_path / "out"), "--no_draw"],
+        "predict": [str(cat_and_dog.parent), "--output_dir", str(tmp_path / "out"), "--no_draw"],
         "evaluate": ["--dataset", "synthetic", "--max_samples", "1", "--output", str(tmp_path / "e.json")],
         "train": ["--dataset", "synthetic", "--max_train_samples", "4", "--output_dir", str(tmp_path / "run")],
     }[command]
@@ -158,12 +147,12 @@ def test_commands_end_in_one_line_with_2(saved, tmp_path, capsys, damage, comman
 
 
 @pytest.mark.heavy
-def test_bytes_changed_at_random_are_refused_or_harmless(saved, tmp_path):
+def test_bytes_changed_at_random_are_refused_or_harmless(cat_and_dog, tmp_path):
     """Whatever is done to the files of a model: it is refused in a line, or loads with finite weights."""
     names = [WEIGHTS, "config.json", "preprocessor_config.json"]
     for seed in range(120):
         generator = random.Random(seed)
-        directory = shutil.copytree(saved, tmp_path / str(seed))
+        directory = shutil.copytree(cat_and_dog, tmp_path / str(seed))
         file = directory / generator.choice(names)
         content = bytearray(file.read_bytes())
         for _ in range(generator.choice([1, 1, 3, 20])):
@@ -183,8 +172,8 @@ def test_bytes_changed_at_random_are_refused_or_harmless(saved, tmp_path):
         shutil.rmtree(directory)
 
 
-def test_a_directory_that_holds_models_says_which(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "run" / "best")
+def test_a_directory_that_holds_models_says_which(cat_and_dog, tmp_path):
+    shutil.copytree(cat_and_dog, tmp_path / "run" / "best")
     with pytest.raises(FileNotFoundError, match=r"There are models in .*best"):
         load_detector(str(tmp_path / "run"))
 
@@ -218,9 +207,9 @@ def test_every_field_of_the_processor_is_looked_at():
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_training_keeps_and_uses_every_field_of_a_saved_processor(saved, tmp_path, name, value):
-    directory = shutil.copytree(saved, tmp_path / "saved")
-    processor = DePerceiverV2ImageProcessor.from_pretrained(saved)
+def test_training_keeps_and_uses_every_field_of_a_saved_processor(cat_and_dog, tmp_path, name, value):
+    directory = shutil.copytree(cat_and_dog, tmp_path / "saved")
+    processor = DePerceiverV2ImageProcessor.from_pretrained(cat_and_dog)
     settings = {key: setting for key, setting in processor.to_dict().items() if not key.startswith("_")}
     if name == "do_pad":
         settings["size"] = {"height": 64, "width": 64}  # images of one size need no padding
