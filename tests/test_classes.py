@@ -10,7 +10,13 @@ from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from deperceiver_hf.data import load_detection_data
-from deperceiver_hf.data.classes import align_labels, match_classes, repair_labels, with_labels_of
+from deperceiver_hf.data.classes import (
+    align_labels,
+    corresponding_classes,
+    match_classes,
+    repair_labels,
+    with_labels_of,
+)
 from deperceiver_hf.errors import UserError
 from deperceiver_hf.training import build_image_processor, build_model
 from training_runs import TINY_ARCHITECTURES, tiny_options
@@ -36,11 +42,37 @@ def test_classes_match_by_name_exact_ones_first(names, others, places):
 
 @pytest.mark.parametrize(
     ("names", "others"),
-    [(["Helmet", "helmet"], ["HELMET"]), (["HELMET"], ["Helmet", "helmet"]), (["cat", "cat"], ["cat"])],
+    [
+        (["Helmet", "helmet"], ["HELMET"]),
+        (["HELMET"], ["Helmet", "helmet"]),
+        (["cat", "cat"], ["cat"]),
+        (["cat"], ["cat", "cat"]),
+        (["cat"], ["CAT", "CAT"]),
+    ],
 )
 def test_a_name_that_stands_for_several_is_refused(names, others):
     with pytest.raises(UserError, match=r"not clear which class|same name"):
         match_classes(names, others)
+
+
+def test_a_name_of_several_that_is_not_asked_for_is_no_matter():
+    assert match_classes(["cat", "dog"], ["N/A", "dog", "N/A", "cat"]) == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "places"),
+    [
+        (["LABEL_0", "LABEL_1"], ["cat", "dog"], [0, 1]),
+        (["cat", "dog"], ["0", "1"], [0, 1]),
+        (["LABEL_0", "LABEL_1"], ["0", "1"], [0, 1]),
+        (["LABEL_1", "LABEL_0"], ["LABEL_0", "LABEL_1"], [1, 0]),
+        (["LABEL_0"], ["cat", "dog"], [None]),
+        (["cat", "LABEL_1"], ["dog", "cow"], [None, None]),
+        ([], [], []),
+    ],
+)
+def test_classes_without_names_are_taken_in_their_order(names, others, places):
+    assert corresponding_classes(names, others) == places
 
 
 def test_labels_that_meet_when_folded_are_two_classes():
@@ -52,22 +84,32 @@ class Labels:
         self.id2label, self.label2id = id2label, label2id
 
 
-def test_a_configuration_that_contradicts_itself_is_repaired_from_id2label():
-    heard = []
+@pytest.fixture
+def heard():
+    """Messages of the log, as they come."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     transformers_logging.add_handler(handler)
     logging.getLogger("deperceiver_hf").addHandler(handler)
-    try:
-        config = Labels({0: "cat", 1: "dog"}, {"dog": 0, "cat": 1})
-        repair_labels(config, "a model that contradicts itself")
-        fine = Labels({0: "cat", 1: "dog"}, {"cat": 0, "dog": 1})
-        repair_labels(fine, "a good model")
-    finally:
-        transformers_logging.remove_handler(handler)
-        logging.getLogger("deperceiver_hf").removeHandler(handler)
+    yield messages
+    transformers_logging.remove_handler(handler)
+    logging.getLogger("deperceiver_hf").removeHandler(handler)
+
+
+@pytest.mark.parametrize("label2id", [{"dog": 0, "cat": 1}, {"cat": 0}, {}, None, 7, ["cat"], {"cat": [0], "dog": 1}])
+def test_a_configuration_that_contradicts_itself_is_repaired_from_id2label(heard, label2id):
+    config = Labels({0: "cat", 1: "dog"}, label2id)
+    repair_labels(config, f"a model with {label2id}")
     assert config.label2id == {"cat": 0, "dog": 1}
-    assert any("a model that contradicts itself" in line for line in heard)
+    assert any(f"a model with {label2id}" in line for line in heard)
+
+
+@pytest.mark.parametrize("gap", [{}, {"N/A": 0}, {"N/A": 2}])
+def test_a_configuration_whose_names_agree_stays_as_it_is(heard, gap):
+    config = Labels({0: "N/A", 1: "dog", 2: "N/A"}, {"dog": 1, **gap})
+    repair_labels(config, "a good model")
+    assert config.label2id == {"dog": 1, **gap}
     assert not any("a good model" in line for line in heard)
 
 
@@ -121,6 +163,14 @@ def test_rows_of_heads_follow_the_names_of_classes(tmp_path, name, caplog):
         assert torch.equal(equal.state_dict()[key], before)
 
 
+@pytest.mark.parametrize(("before", "after"), [(["0", "1"], ["cat", "dog"]), (["cat", "dog"], ["LABEL_0", "LABEL_1"])])
+def test_rows_of_classes_without_names_stay_in_their_order(tmp_path, before, after):
+    saved, options = save(tmp_path, "deperceiver_v2", before)
+    model = build_model(options, after)
+    assert list(model.config.id2label.values()) == after
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in saved.state_dict().items())
+
+
 def test_new_rows_are_those_of_the_seed(tmp_path):
     _, options = save(tmp_path, "deperceiver_v2", ["red"])
     models = []
@@ -166,6 +216,15 @@ def test_splits_that_list_their_classes_differently_are_matched_by_name(tmp_path
     assert [box[0] for box in row["objects"]["bbox"]] == [0, 1, 2]
     assert aligned.dataset[0]["image"].size == (40, 30)
     assert with_labels_of(train, train) is train
+
+
+def test_no_two_classes_get_one_category_id(tmp_path):
+    train = coco(tmp_path / "a", {1: "cat", 2: "dog", 3: "cow"}, [1, 2, 3])
+    aligned = with_labels_of(train, coco(tmp_path / "b", {3: "dog"}, [3]))
+    assert aligned.category_ids == [1, 3, 4]  # the cow has a new one, since 3 is the dog's there
+
+    swapped = with_labels_of(train, coco(tmp_path / "c", {3: "dog", 2: "cow"}, [3]))
+    assert swapped.category_ids == [1, 3, 2]
 
 
 def test_objects_of_a_class_that_training_does_not_know_are_refused(tmp_path):

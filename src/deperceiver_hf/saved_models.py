@@ -10,13 +10,32 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    IMAGE_PROCESSOR_MAPPING,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput, logging
 
-from .data.classes import repair_labels
+from .data.classes import repair_labels, require_class_names
 from .errors import UserError, one_line
+from .models.configuration_deperceiver import DePerceiverConfig
+from .models.configuration_deperceiver_v2 import DePerceiverV2Config
 from .output_files import expand_home
 
+logger = logging.get_logger(__name__)
+
 LFS_POINTER = b"version https://git-lfs"
+PROCESSOR_FIELDS = {"image_processor_type", "feature_extractor_type", "size"}  # it has one of them
+WEIGHT_FILES = (".safetensors", ".bin", ".json")
+BATCH_COUNTER = "num_batches_tracked"  # of batch norms that learn; frozen ones have none
 
 
 def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
@@ -36,31 +55,55 @@ def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
 
 
 def load_config(source: str) -> PreTrainedConfig:
-    """The configuration of a saved model, its class names made to agree.
+    """The configuration of a saved detector, its class names made to agree.
+
+    Code that comes with a model is never run.
 
     Raises:
         OSError, ValueError: see [`load_detector`].
     """
     source = require_model_source(source)
     with _naming(source):
-        config = AutoConfig.from_pretrained(source)
-    repair_labels(config, source)
+        stated, _ = PreTrainedConfig.get_config_dict(source)
+        kind = stated.get("model_type")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise UserError(
+                f"config.json of {source} has the model_type {kind!r}, which this version of transformers does not "
+                "know. It may need a newer one; code that comes with a model is not run."
+            )
+        require_class_names(stated, source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
+            raise UserError(f"{source} is a {kind}, which detects no objects.")
+        repair_labels(config, source)
     return config
 
 
 def load_image_processor(source: str) -> Any:
-    """The image processor that was saved with a model.
+    """The image processor that was saved with a detector.
 
     Raises:
         OSError, ValueError: see [`load_detector`].
     """
-    source = require_model_source(source)
+    config = load_config(source)
+    source = expand_home(source)
     with _naming(source):
-        processor = AutoImageProcessor.from_pretrained(source)
+        stated, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        if not stated.keys() & PROCESSOR_FIELDS:
+            raise UserError(
+                f"preprocessor_config.json of {source} describes no image processor: it has none of the fields "
+                f"{', '.join(sorted(PROCESSOR_FIELDS))}."
+            )
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        _require_sizes(processor, source)
         gray = np.full((8, 8, 3), 128, dtype=np.uint8)
-        prepared = processor(images=[gray], do_resize=False, do_pad=False, return_tensors="pt")["pixel_values"]
-        if not torch.isfinite(prepared).all():
-            raise UserError("preprocessor_config.json makes numbers of an image that are not finite.")
+        prepared = processor(images=[gray], return_tensors="pt")["pixel_values"]
+        if prepared.ndim != 4 or prepared.shape[1] != 3 or not torch.isfinite(prepared).all():
+            raise UserError(
+                f"preprocessor_config.json of {source} makes of an image what no detector takes: numbers that are not "
+                f"finite, or the shape {tuple(prepared.shape)} instead of (1, 3, height, width)."
+            )
+        _require_detections_of(processor, config, source)
     return processor
 
 
@@ -69,7 +112,7 @@ def load_model(
     config: PreTrainedConfig,
     model_class: Any = AutoModelForObjectDetection,
     *,
-    ignore_mismatched_sizes: bool = False,
+    saved_queries: int | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """The weights of a saved model, all of them.
@@ -78,33 +121,25 @@ def load_model(
         source: see [`load_detector`].
         config: from `load_config`, perhaps changed.
         model_class: whose `from_pretrained` reads it.
-        ignore_mismatched_sizes: leave weights of other shapes than the configuration's as they are in a new model.
+        saved_queries: number of object queries of the saved model, if `config` may have another one: the weights that
+            are as long as that are then new ones, with a warning.
         options: of `from_pretrained`.
 
     Raises:
         OSError, ValueError: see [`load_detector`].
     """
     source = expand_home(source)
-    with _naming(source):
+    with _naming(source), _without_report():
         model, report = model_class.from_pretrained(
-            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            source,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
         )
-    # transformers only warns of them and leaves random numbers in their place.
-    mismatched = sorted(name for name, *_ in report["mismatched_keys"])
-    lacking = sorted(set(report["missing_keys"]) - {*mismatched})
-    if lacking or (mismatched and not ignore_mismatched_sizes):
-        of = [*lacking, *(f"{name} (of another shape)" for name in mismatched)]
-        raise UserError(
-            f"{source} lacks {len(of)} weights that its config.json asks for, e.g. {of[0]}; it was saved by another "
-            "version or only in part, or config.json was changed."
-        )
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"{len(broken)} weights of {source}, e.g. {broken[0]}, are not finite (NaN or infinite): it is damaged, "
-            "or from a training that failed. Take an earlier model of the run."
-        )
+        _require_all_weights(model, report, source, saved_queries)
+        _require_plausible_weights(model, source)
     return model
 
 
@@ -118,10 +153,12 @@ def require_model_source(source: str) -> str:
     source = expand_home(source)
     path = Path(source)
     if path.is_file():
-        raise UserError(
-            f"{source} is a file; a directory written by save_pretrained is needed. A checkpoint of the authors' code "
-            "is turned into one by `deperceiver convert`."
+        remedy = (
+            f"give the directory that it is in, {path.parent}."
+            if path.suffix in WEIGHT_FILES and (path.parent / "config.json").is_file()
+            else "a checkpoint of the authors' code is turned into one by `deperceiver convert`."
         )
+        raise UserError(f"{source} is a file; a directory written by save_pretrained is needed: {remedy}")
     if path.is_dir():
         for name in ("config.json", "preprocessor_config.json"):
             if not (path / name).is_file():
@@ -145,7 +182,7 @@ def _naming(source: str) -> Iterator[None]:
     """Whatever reading the files of a model raises, each library its own, names the model."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else UserError
@@ -154,6 +191,111 @@ def _naming(source: str) -> Iterator[None]:
             f"Cannot load a detector from {source}: {named}{one_line(error)[:400]} If the directory was copied or "
             "downloaded, do that again; if it was written by training, take another one of its models."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Within, transformers keeps its table of weights that do not fit: they are refused here, or said in a line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _require_sizes(processor: Any, source: str) -> None:
+    """Refuse numbers of pixels that are none."""
+    for field in ("size", "pad_size", "crop_size"):
+        for side, value in dict(getattr(processor, field, None) or {}).items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(
+                    f"preprocessor_config.json of {source} has the {field} {side} = {value!r}; a whole number of "
+                    "pixels from 1 on is needed."
+                )
+
+
+def _require_detections_of(processor: Any, config: PreTrainedConfig, source: str) -> None:
+    """Refuse an image processor that would make other detections of the model's outputs than the model's own does.
+
+    Some take the scores of a class by a sigmoid, others by a softmax in which the last class is "no object".
+    """
+    name = type(processor).__name__
+    if not hasattr(processor, "post_process_object_detection"):
+        raise UserError(
+            f"preprocessor_config.json of {source} is of a {name}, which makes no detections of a model's outputs; "
+            f"the image processor of a {config.model_type} is needed."
+        )
+    own = (IMAGE_PROCESSOR_MAPPING.get(type(config), None) or {}).get("torchvision")
+    if not isinstance(own, type) or isinstance(processor, own):
+        return
+    outputs = ModelOutput(logits=torch.tensor([[[0.0, 1.0, 2.0]]]), pred_boxes=torch.full((1, 1, 4), 0.5))
+    best: list[list[float]] = []
+    for candidate in (processor, own()):
+        (found,) = candidate.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(8, 8)])
+        place = int(found["scores"].argmax())
+        best.append([float(found["scores"][place]), int(found["labels"][place]), *found["boxes"][place].tolist()])
+    if not np.allclose(best[0], best[1], rtol=1e-4):
+        raise UserError(
+            f"preprocessor_config.json of {source} is of a {name}, which makes other detections of a model's outputs "
+            f"than the {own.__name__} of a {config.model_type}, so that they would be wrong; save that one."
+        )
+
+
+def _require_all_weights(
+    model: PreTrainedModel, report: dict[str, Any], source: str, saved_queries: int | None
+) -> None:
+    """Refuse weights that do not fill the model, which transformers only warns of, leaving random numbers."""
+    config, shapes = model.config, {name: tuple(map(tuple, sizes)) for name, *sizes in report["mismatched_keys"]}
+    resized = (saved_queries, getattr(config, "num_queries", None)) if saved_queries is not None else None
+    new = {
+        name
+        for name, (saved, asked) in shapes.items()
+        if len(saved) == len(asked) and all(a == b or (a, b) == resized for a, b in zip(saved, asked, strict=True))
+    }
+    lacking = [
+        *sorted(set(report["missing_keys"]) - shapes.keys()),
+        *(f"{name} (of shape {shapes[name][1]}, it has {shapes[name][0]})" for name in sorted(shapes.keys() - new)),
+    ]
+    if lacking:
+        raise UserError(
+            f"{source} lacks {len(lacking)} weights that its config.json with {config.num_labels} classes asks for, "
+            f"e.g. {lacking[0]}; it was saved by another version or only in part, or config.json was changed."
+        )
+    if new:
+        logger.warning(
+            f"{source} has {saved_queries} object queries and {config.num_queries} are asked for: {len(new)} weights "
+            f"are new, e.g. {min(new)}."
+        )
+    if left_over := sorted(name for name in report["unexpected_keys"] if not name.endswith(BATCH_COUNTER)):
+        said = f"{source} has {len(left_over)} weights that its config.json does not ask for, e.g. {left_over[0]}"
+        if isinstance(config, DePerceiverConfig | DePerceiverV2Config):
+            raise UserError(f"{said}; config.json was changed, or belongs to other weights.")
+        logger.warning(f"{said}. They are left out.")
+
+
+def _require_plausible_weights(model: PreTrainedModel, source: str) -> None:
+    """Refuse weights that no training makes: not finite, variances below 0, integers."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    broken = [
+        name
+        for name, tensor in tensors.items()
+        if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any())
+    ]
+    if broken:
+        raise UserError(
+            f"{len(broken)} weights of {source}, e.g. {broken[0]}, are not finite (NaN or infinite), or variances "
+            "below 0: it is damaged, or from a training that failed. Take an earlier model of the run."
+        )
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            whole = [name for name in weights.keys() if weights.get_slice(name).get_dtype()[0] in "IUB"]  # noqa: SIM118
+        if whole := [name for name in whole if name in tensors]:
+            raise UserError(
+                f"{file} holds {len(whole)} weights as integers, e.g. {whole[0]}, which are no weights of a trained "
+                "model. Save it as float32, float16 or bfloat16."
+            )
 
 
 def _found_in(path: Path) -> str:

@@ -33,6 +33,7 @@ from ..benchmarks.report import require_matplotlib
 from ..errors import UserError, explain
 from ..machine import describe_machine
 from ..output_files import require_writable_directory, write_json
+from ..saved_models import load_detector
 from ..training import DetectionTrainer, NonFiniteLossError, TrainingOptions, build_model
 from ..training.run_directory import RunDirectory
 from .arguments import DECIDED_HERE, ComparisonOptions, ModelSpec
@@ -52,7 +53,8 @@ def run_comparison(options: ComparisonOptions) -> ComparisonReport:
     A run that fails is reported and does not keep the others from being done; repeating the comparison tries it again.
 
     Raises:
-        ValueError: The output directory has runs with other settings, or there are several processes.
+        ValueError: The output directory has runs with other settings, a saved model to start from is damaged, or there
+            are several processes.
         OSError: The output directory cannot be written to.
         ImportError: matplotlib is missing.
         KeyboardInterrupt: SIGINT or SIGTERM; the state of the run under way is saved.
@@ -61,6 +63,8 @@ def run_comparison(options: ComparisonOptions) -> ComparisonReport:
     if PartialState().num_processes > 1:
         raise UserError("a comparison trains with a single process; start it plainly with `python`.")
     require_writable_directory(options.output_dir)
+    for source in sorted({model.options["model"] for model in options.models if "model" in model.options}):
+        load_detector(source)  # a damaged one is found before hours of training the others
     search_seed = _claim(options)
     for model in options.models:
         _check_existing_runs(options, model)

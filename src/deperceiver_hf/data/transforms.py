@@ -33,6 +33,9 @@ _INTERPOLATIONS = {
     PILImageResampling.LANCZOS: v2.InterpolationMode.BICUBIC,  # torchvision has none for tensors
 }
 
+UNBOUNDED = 1 << 30
+"""As a longest edge, in pixels: of an image processor that bounds the shortest edge only."""
+
 LEAST_VISIBLE_AREA = 0.25
 """Of an object's box, as a fraction: what `crop` leaves less of is no target any more, since it is hard to tell."""
 
@@ -48,6 +51,7 @@ def make_train_transforms(
     resample: int = PILImageResampling.BILINEAR,
     *,
     other_size: SizeDict | None = None,
+    resize: bool = True,
 ) -> v2.Compose:
     """The training transforms up to, and including, the resize.
 
@@ -65,6 +69,7 @@ def make_train_transforms(
         other_size: of an image processor that has no shortest edge, instead of both edges: `height` and `width`, or
             `max_height` and `max_width`. Every image then gets the size that evaluation gives it: `original` is a flip
             and the crop of `crop`.
+        resize: `False` of an image processor that leaves images as large as they are; then as with `other_size`.
 
     Crowds are dropped first, boxes without area last; the area becomes that of the box.
     """
@@ -76,25 +81,26 @@ def make_train_transforms(
     if longest_edge < shortest_edge:
         raise UserError(f"longest_edge must be at least the shortest_edge {shortest_edge}, got {longest_edge}")
     interpolation = _INTERPOLATIONS.get(resample, v2.InterpolationMode.BILINEAR)
-    size = other_size or SizeDict(shortest_edge=shortest_edge, longest_edge=longest_edge)
+    size = (other_size or SizeDict(shortest_edge=shortest_edge, longest_edge=longest_edge)) if resize else None
+    before_crop = _scaled(_LONGEST_BEFORE_CROP, shortest_edge)
+    if longest_edge < UNBOUNDED:
+        before_crop = max(longest_edge, before_crop)
 
     steps: list[v2.Transform]
-    if augmentation == "original" and other_size:
+    if augmentation == "original" and (other_size or not resize):
         steps = [v2.RandomHorizontalFlip(0.5), RandomZoom(size, interpolation)]
     elif augmentation == "original":
-        resize = RandomShortestEdge([_scaled(size, shortest_edge) for size in _SCALES], longest_edge, interpolation)
+        scale = RandomShortestEdge([_scaled(edge, shortest_edge) for edge in _SCALES], longest_edge, interpolation)
         crop = v2.Compose(
             [
                 RandomShortestEdge(
-                    [_scaled(size, shortest_edge) for size in _SCALES_BEFORE_CROP],
-                    max(longest_edge, _scaled(_LONGEST_BEFORE_CROP, shortest_edge)),
-                    interpolation,
+                    [_scaled(edge, shortest_edge) for edge in _SCALES_BEFORE_CROP], before_crop, interpolation
                 ),
                 RandomSizeCrop(*(_scaled(side, shortest_edge) for side in _CROP_SIDES)),
-                resize,
+                scale,
             ]
         )
-        steps = [v2.RandomHorizontalFlip(0.5), v2.RandomChoice([resize, crop])]
+        steps = [v2.RandomHorizontalFlip(0.5), v2.RandomChoice([scale, crop])]
     elif augmentation in ("crop", "crop_any_orientation"):
         turns = [v2.RandomVerticalFlip(0.5), v2.RandomApply([TransposeSquare()], 0.5)]
         steps = [
@@ -154,12 +160,13 @@ class RandomSizeCrop(v2.Transform):
 class RandomZoom(v2.Transform):
     """Resize the image or, at random, a part of it of the same aspect ratio, to the size that all of it would get.
 
-    Objects of which less than `LEAST_VISIBLE_AREA` is left are dropped. `size` is that of the image processor.
+    Objects of which less than `LEAST_VISIBLE_AREA` is left are dropped. `size` is that of the image processor; `None`
+    leaves the image as large as it is.
     """
 
     def __init__(
         self,
-        size: SizeDict,
+        size: SizeDict | None,
         interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
         probability: float = _CROP_PROBABILITY,
     ):
@@ -170,7 +177,7 @@ class RandomZoom(v2.Transform):
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
         height, width = sample["image"].shape[-2:]
-        size = resized_size((height, width), self.size)
+        size = (height, width) if self.size is None else resized_size((height, width), self.size)
         if self.probability and float(torch.rand(())) < self.probability:
             sample = self._crop(sample, height, width)
         resized = {key: F.resize(sample[key], size, self.interpolation) for key in ("image", "boxes")}

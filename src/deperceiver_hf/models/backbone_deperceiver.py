@@ -81,6 +81,15 @@ def backbone_stage(parameter_name: str) -> int | None:
     return int(match[2]) + (0 if match[1] == "layer" else 1)
 
 
+def keep_frozen_parts(model: nn.Module) -> None:
+    """Put the modules of which no parameter is trained in evaluation mode, since in training mode the statistics of
+    their norms would move and their dropout would act."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
 def mask_of_cells(pixel_mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Mask `(..., height, width)` of the cells of a feature map that hold a real pixel, from `(..., H, W)`.
 
@@ -154,6 +163,13 @@ class DePerceiverBackbone(nn.Module):
             frozen = (stage or 0) <= config.frozen_backbone_stages and (stage is not None or not seen_stages)
             if frozen or config.freeze_backbone:
                 parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "DePerceiverBackbone":
+        """Training mode but for what is frozen."""
+        super().train(mode)
+        if mode:
+            keep_frozen_parts(self.model)
+        return self
 
     def forward(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None

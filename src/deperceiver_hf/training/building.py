@@ -9,8 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..backbone_weights import IMAGENET_PREPROCESSING, backbone_preprocessing, default_weights
-from ..data.classes import listing, match_classes
+from ..data.classes import corresponding_classes, listing
 from ..errors import UserError, refused_fields_as_user_errors
+from ..models.backbone_deperceiver import keep_frozen_parts
 from ..saved_models import load_config, load_image_processor, load_model
 from .architectures import ARCHITECTURES
 from .architectures.architecture import Architecture, as_declared, label_fields
@@ -58,7 +59,8 @@ def build_image_processor(options: TrainingOptions) -> Any:
     """The processor that is saved with the model: it holds the size that the model is trained for.
 
     That of a new model prepares images as the weights of its backbone expect it, see `preprocessing_of_new_model`;
-    that of a saved model stays as it is but for a size that options give.
+    that of a saved model stays as it is but for a size that options give: with a warning, if its sizes are of another
+    kind.
 
     Raises:
         ValueError: The options describe no possible model, or timm has no such weights.
@@ -75,8 +77,10 @@ def build_image_processor(options: TrainingOptions) -> Any:
     if options.shortest_edge is None and options.longest_edge is None:
         return processor
     size = {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
-    if not size:
-        logger.warning(f"Images are of {_described(options.image_size())} instead of {_described(processor.size)}.")
+    before = _described(processor.size) if getattr(processor, "do_resize", True) else "as large as they are"
+    if not size or not getattr(processor, "do_resize", True):
+        logger.warning(f"Images become {_described(options.image_size(DEFAULT_IMAGE_SIZE | size))}, not {before}.")
+        processor.do_resize = True
     processor.size = type(processor.size)(**options.image_size(DEFAULT_IMAGE_SIZE | size))
     pad_size = getattr(processor, "pad_size", None)
     if pad_size and min(pad_size["height"], pad_size["width"]) < processor.size["longest_edge"]:
@@ -134,12 +138,9 @@ def backbone_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]
 
 
 def training_mode(model: torch.nn.Module) -> None:
-    """Put a model in training mode but for what is frozen, whose statistics would move and whose dropout would act."""
+    """Put a model in training mode but for what is frozen."""
     model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
+    keep_frozen_parts(model)
 
 
 def _load_model(source: str, options: TrainingOptions, label_names: list[str]) -> PreTrainedModel:
@@ -154,10 +155,11 @@ def _load_model(source: str, options: TrainingOptions, label_names: list[str]) -
         )
     options.check_architecture(config.model_type)
     architecture = ARCHITECTURES[config.model_type]
+    saved_queries = getattr(config, "num_queries", None)
     saved_names = [config.id2label[label] for label in range(len(config.id2label))]
     for name, value in as_declared(architecture.saved_fields(options, config), type(config)).items():
         setattr(config, name, value)
-    model = load_model(source, config, architecture.model_class, ignore_mismatched_sizes=True, dtype=torch.float32)
+    model = load_model(source, config, architecture.model_class, saved_queries=saved_queries, dtype=torch.float32)
     if saved_names != label_names:
         model = _with_classes(model, architecture, options, saved_names, label_names)
     architecture.prepare_saved(model)
@@ -176,7 +178,7 @@ def _with_classes(
     Rows of the heads follow the names of the classes; those of classes that are new are as in a new model, those that
     stand for no class, such as "no object", stay.
     """
-    places = match_classes(label_names, saved_names)
+    places = corresponding_classes(label_names, saved_names)
     kept = [name for name, place in zip(label_names, places, strict=True) if place is not None]
     new = [name for name, place in zip(label_names, places, strict=True) if place is None]
     left_out = [name for place, name in enumerate(saved_names) if place not in places]

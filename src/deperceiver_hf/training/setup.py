@@ -29,6 +29,7 @@ from ..data.classes import with_labels_of
 from ..data.images import limit_pixels
 from ..data.plausibility import remarks_on_objects, require_objects
 from ..data.sampling import make_loader
+from ..data.transforms import UNBOUNDED
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
 from ..machine import choose_precision, find_device, make_accelerator
@@ -87,12 +88,8 @@ class TrainingData:
                 f"Images are normalised as the backbone's weights expect, by mean {image_processor.image_mean} and "
                 f"standard deviation {image_processor.image_std}."
             )
-        size = image_processor.size
-        edges = {"shortest_edge": size.shortest_edge, "longest_edge": size.longest_edge}
         transforms = make_train_transforms(
-            options.augmentation,
-            resample=image_processor.resample,
-            **(edges if size.shortest_edge else {"other_size": size}),
+            options.augmentation, resample=image_processor.resample, **_sizes_of(image_processor)
         )
         if options.on_bad_image == "stop":
             for data in filter(None, (train, evaluation)):
@@ -135,6 +132,17 @@ class TrainingData:
         """This process's batches of an epoch, but for the first `skip`."""
         self.sampler.set_epoch(epoch, skip=skip)
         return make_loader(self.dataset, self.sampler, self.collate, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def _sizes_of(image_processor: Any) -> dict[str, Any]:
+    """What the transforms must know of an image processor to give images the sizes that it gives them."""
+    size = image_processor.size
+    if not getattr(image_processor, "do_resize", True):
+        return {"resize": False}
+    if not size.shortest_edge:
+        return {"other_size": size}
+    longest = size.longest_edge or UNBOUNDED
+    return {"shortest_edge": min(size.shortest_edge, longest), "longest_edge": longest}
 
 
 def _unusual_preprocessing(options: TrainingOptions, image_processor: Any) -> dict[str, Any]:
