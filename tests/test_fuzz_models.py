@@ -132,6 +132,7 @@ def is_refused_or_works(directory: Path, tmp_path: Path) -> bool:
     assert outputs.pred_boxes.isfinite().all()
     (found,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(50, 70)])
     assert set(found["labels"].tolist()) <= model.config.id2label.keys()
+    assert all(p.isfinite().all() for p in model.parameters())
     options = tiny_options(tmp_path, {"model": str(directory), "shortest_edge": None})
     build_image_processor(options)
     assert list(build_model(options, NAMES).config.id2label.values()) == NAMES

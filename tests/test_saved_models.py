@@ -191,6 +191,32 @@ def test_every_architecture_loads_with_its_own_processor(tmp_path, name):
     assert hasattr(processor, "post_process_object_detection")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_precisions_are_whole(saved, tmp_path, dtype):
+    model, processor = load_detector(str(saved))
+    model.to(dtype).save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    assert load_detector(str(tmp_path / "saved"))[0].dtype == dtype
+    trained = build_model(tiny_options(tmp_path, {"model": str(tmp_path / "saved")}), ["cat", "dog"])
+    assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
+
+
+def test_models_in_several_files_are_whole(saved, tmp_path):
+    model, processor = load_detector(str(saved))
+    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
+    processor.save_pretrained(tmp_path / "saved")
+    shards = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert len(shards) > 2
+    loaded, _ = load_detector(str(tmp_path / "saved"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    shards[1].write_bytes(shards[1].read_bytes()[:-100])
+    with pytest.raises((UserError, OSError), match=str(tmp_path / "saved")):
+        load_detector(str(tmp_path / "saved"))
+    shards[1].unlink()
+    with pytest.raises((UserError, OSError), match=str(tmp_path / "saved")):
+        load_detector(str(tmp_path / "saved"))
+
+
 @pytest.mark.parametrize("damage", ["weights cut off", "config is a list", "processor is a list"])
 @pytest.mark.parametrize("command", ["predict", "evaluate", "train"])
 def test_commands_end_in_one_line_with_2(cat_and_dog, tmp_path, capsys, damage, command):
@@ -337,6 +363,17 @@ def test_a_frozen_backbone_has_no_moving_statistic(tmp_path, name):
     labels = [{"class_labels": torch.tensor([0]), "boxes": box} for _ in range(2)]
     model(pixel_values=torch.rand(2, 3, 64, 64), pixel_mask=torch.ones(2, 64, 64).long(), labels=labels)
     assert all(torch.equal(buffer, before[key]) for key, buffer in backbone.named_buffers())
+
+
+@pytest.mark.parametrize("name", TINY_ARCHITECTURES)
+def test_nothing_of_a_frozen_backbone_changes_in_a_run(tmp_path, name):
+    size = {"shortest_edge": 96, "longest_edge": 96, "augmentation": "none", "batch_size": 2, "lr_backbone": 0}
+    run = DetectionTrainer(tiny_options(tmp_path, TINY_ARCHITECTURES[name], **size, max_steps=2))
+    before = {key: tensor.clone() for key, tensor in run.model.state_dict().items()}
+    run.train()
+    changed = {key for key, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed
+    assert not any("backbone" in key.split(".") for key in changed)
 
 
 @pytest.mark.parametrize("name", ["deperceiver", "deperceiver_v2"])

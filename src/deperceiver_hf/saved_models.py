@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 LFS_POINTER = b"version https://git-lfs"
 PROCESSOR_FIELDS = {"image_processor_type", "feature_extractor_type", "size"}  # it has one of them
 WEIGHT_FILES = (".safetensors", ".bin", ".json")
+WHOLE_NUMBERS = ("I", "U", "BOOL")  # in safetensors' names of types
 BATCH_COUNTER = "num_batches_tracked"  # of batch norms that learn; frozen ones have none
 
 
@@ -290,8 +291,8 @@ def _require_plausible_weights(model: PreTrainedModel, source: str) -> None:
         )
     for file in sorted(Path(source).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
-            whole = [name for name in weights.keys() if weights.get_slice(name).get_dtype()[0] in "IUB"]  # noqa: SIM118
-        if whole := [name for name in whole if name in tensors]:
+            kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        if whole := [name for name in tensors if kinds.get(name, "F32").startswith(WHOLE_NUMBERS)]:
             raise UserError(
                 f"{file} holds {len(whole)} weights as integers, e.g. {whole[0]}, which are no weights of a trained "
                 "model. Save it as float32, float16 or bfloat16."
