@@ -192,8 +192,8 @@ def test_every_architecture_loads_with_its_own_processor(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_models_of_other_precisions_are_whole(saved, tmp_path, dtype):
-    model, processor = load_detector(str(saved))
+def test_models_of_other_precisions_are_whole(cat_and_dog, tmp_path, dtype):
+    model, processor = load_detector(str(cat_and_dog))
     model.to(dtype).save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     assert load_detector(str(tmp_path / "saved"))[0].dtype == dtype
@@ -201,8 +201,8 @@ def test_models_of_other_precisions_are_whole(saved, tmp_path, dtype):
     assert {parameter.dtype for parameter in trained.parameters()} == {torch.float32}
 
 
-def test_models_in_several_files_are_whole(saved, tmp_path):
-    model, processor = load_detector(str(saved))
+def test_models_in_several_files_are_whole(cat_and_dog, tmp_path):
+    model, processor = load_detector(str(cat_and_dog))
     model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
     processor.save_pretrained(tmp_path / "saved")
     shards = sorted((tmp_path / "saved").glob("*.safetensors"))
