@@ -2,6 +2,7 @@
 """What several test files share. Nothing here is downloaded: models are tiny and random, data are drawn."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,7 @@ from deperceiver_hf import (
     DePerceiverForObjectDetection,
     DePerceiverV2Config,
     DePerceiverV2ForObjectDetection,
+    DePerceiverV2ImageProcessor,
 )
 from deperceiver_hf.evaluation.evaluator import EvaluationResult
 from deperceiver_hf.training import trainer
@@ -82,6 +84,19 @@ def tiny_v2_model(**overrides) -> DePerceiverV2ForObjectDetection:
             if not parameter.any():
                 parameter.normal_(std=0.1)
     return model
+
+
+@pytest.fixture(scope="session")
+def cat_and_dog(tmp_path_factory) -> Path:
+    """Directory of a saved v2 model of two classes and its image processor. Copy it before changing it."""
+    directory = tmp_path_factory.mktemp("models") / "saved"
+    names = {0: "cat", 1: "dog"}
+    label2id = {name: label for label, name in names.items()}
+    torch.manual_seed(0)
+    model = DePerceiverV2ForObjectDetection(tiny_v2_config(num_labels=2, id2label=names, label2id=label2id))
+    model.save_pretrained(directory)
+    DePerceiverV2ImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ import json
 import numpy as np
 import PIL.Image
 import PIL.PngImagePlugin
+import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from deperceiver_hf.data import DETECTION_FEATURES, DetectionDataset, load_detection_data
+from deperceiver_hf.errors import UserError
 
 BOXES = [[[1.0, 2.0, 10.0, 12.0], [5.0, 5.0, 20.0, 10.0]], [], [[0.0, 0.0, 30.0, 20.0]]]
 SIZES = [(40, 30), (30, 40), (50, 20)]
@@ -107,10 +109,15 @@ def test_image_ids_are_kept_where_they_identify(tmp_path):
     stored = make_dataset([[0, 0], [], [0]], columns={"image_id": [15, 3, 9], "width": [40, 30, 50]})
     data = load_detection_data(save(tmp_path / "ids", train=stored), "train", strict=True)
     assert data.dataset["image_id"][:] == [15, 3, 9]
-    for position, ids in enumerate((["x", "y", "z"], [1, 1, 2])):
+    stored = make_dataset([[0, 0], [], [0]], columns={"image_id": ["x", "0001", "z"]})
+    data = load_detection_data(save(tmp_path / "text", train=stored), "train", strict=True)
+    assert data.dataset["image_id"][:] == [0, 1, 2]
+    assert [data.own_image_id(image_id) for image_id in range(3)] == ["x", "0001", "z"]
+    for position, ids in enumerate(([1, 1, 2], ["x", None, "z"], ["x", "y", "x"])):
         stored = make_dataset([[0, 0], [], [0]], columns={"image_id": ids})
         data = load_detection_data(save(tmp_path / str(position), train=stored), "train")
         assert data.dataset["image_id"][:] == [0, 1, 2]
+        assert data.own_image_ids == {}
         assert data.report.counts == {"renumbered_images": 1}
 
 
@@ -157,6 +164,71 @@ def test_image_folder_with_metadata_and_no_stale_cache(tmp_path):
     assert stored["path"].endswith("validation/0.png")
     data = load_detection_data(write("doggy"), "val", cache_dir=str(tmp_path / "cache"))
     assert data.label_names == ["doggy"]
+
+
+def test_names_of_classes_lead_back_to_the_stored_values(tmp_path):
+    dataset = make_dataset([["b", None], [], ["a"]], Value("string"))
+    data = load_detection_data(save(tmp_path / "set", train=dataset), "train")
+    assert data.category_ids == ["a", "b"]
+    assert data.report.counts == {"unknown_category": 1}
+
+
+def test_sizes_crowds_and_boxes_of_other_types_are_understood_or_counted(tmp_path):
+    objects = [
+        {"bbox": ["[1, 2, 3, 4]"], "category": ["a"], "iscrowd": ["1"], "area": ["12"]},
+        {"bbox": ["5 5 2 2"], "category": ["a"], "iscrowd": ["maybe"], "area": ["none"]},
+        {"bbox": ["1,2"], "category": ["a"], "iscrowd": ["0"], "area": ["1"]},
+    ]
+    columns = {"width": [40.0, float("nan"), 50.0], "height": [30.0, 40.0, float("inf")]}
+    dataset = Dataset.from_dict({"image": pictures(), "objects": objects, **columns}).cast_column("image", Image())
+    data = load_detection_data(save(tmp_path / "set", train=dataset), "train")
+    assert data.report.counts == {"invalid_size": 2, "invalid_box": 1, "invalid_area": 1, "invalid_crowd": 1}
+    assert data.dataset[0]["objects"]["bbox"] == [[1, 2, 3, 4]]
+    assert data.dataset[0]["objects"]["iscrowd"] == [True]
+    assert data.dataset[1]["objects"]["area"] == [4]
+
+
+def test_images_stored_as_paths_to_somewhere_else_are_left_out(tmp_path):
+    for place in ("inside", "outside"):
+        (tmp_path / place).mkdir()
+        pictures()[0].save(tmp_path / place / "a.png")
+    paths = [str(tmp_path / place / "a.png") for place in ("inside", "outside")]
+    objects = [{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": ["a"]}] * 2
+    dataset = Dataset.from_dict({"image": paths, "objects": objects}).cast_column("image", Image())
+    folder = tmp_path / "inside"
+    pyarrow.parquet.write_table(dataset.data.table, folder / "train.parquet")  # `datasets` would store the content
+    data = load_detection_data(str(folder), "train", cache_dir=str(tmp_path / "cache"))
+    assert data.report.counts == {"outside_image_file": 1}
+    stored = data.dataset.cast_column("image", Image(decode=False))
+    assert stored[0]["image"]["path"] == paths[0]
+    data = load_detection_data(f"{folder}:outside=true", "train", cache_dir=str(tmp_path / "cache"))
+    assert len(data.dataset) == 2
+
+
+@pytest.mark.parametrize("found", ["scripted.py", "broken.parquet", "metadata.jsonl", "dataset_dict.json"])
+def test_whatever_datasets_raises_is_one_line(tmp_path, found):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / found).write_text("import datasets\n")
+    with pytest.raises((ValueError, OSError), match=r"(could not|cannot) be loaded") as error:
+        load_detection_data(str(tmp_path / "data"), "train", cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(error.value)
+    assert type(error.value) in (UserError, FileNotFoundError)
+
+
+def test_one_of_several_configurations_can_be_named(tmp_path):
+    for config in ("small", "large"):
+        (tmp_path / "data" / config).mkdir(parents=True)
+        make_dataset([[0, 0], [], [0]]).to_parquet(tmp_path / "data" / config / "train.parquet")
+    configs = "".join(
+        f"- config_name: {name}\n  data_files: {name}/train.parquet\n  default: false\n" for name in ("small", "large")
+    )
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    where, cache = str(tmp_path / "data"), str(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"small.*large.*NAME:config="):
+        load_detection_data(where, "train", cache_dir=cache)
+    with pytest.raises(ValueError, match=r"small.*large"):
+        load_detection_data(f"{where}:config=middle", "train", cache_dir=cache)
+    assert len(load_detection_data(f"{where}:config=small", "train", cache_dir=cache).dataset) == 3
 
 
 def test_max_samples(tmp_path):

@@ -11,8 +11,6 @@ import PIL.Image
 import pytest
 from PIL import Image
 
-from conftest import tiny_v2_config
-from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
 from deperceiver_hf.cli import main
 from deperceiver_hf.data import DetectionDataset, load_detection_data
 from deperceiver_hf.data.images import (
@@ -216,20 +214,10 @@ def test_a_run_can_stop_at_bad_images(tmp_path):
         DetectionTrainer(tiny_options(tmp_path / "b", dataset=str(none), **options))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    names = {0: "cat", 1: "dog"}
-    config = tiny_v2_config(num_labels=2, id2label=names, label2id={name: label for label, name in names.items()})
-    DePerceiverV2ForObjectDetection(config).save_pretrained(directory)
-    DePerceiverV2ImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(directory)
-    return directory
-
-
 @pytest.mark.parametrize("num_workers", ["0", "1"])
-def test_an_evaluation_leaves_out_what_cannot_be_read(model, tmp_path, capsys, num_workers):
+def test_an_evaluation_leaves_out_what_cannot_be_read(cat_and_dog, tmp_path, capsys, num_workers):
     data = write_data(tmp_path / "data", {1: TORN, 2: b"no image"}, count=6, splits=("val",))
-    arguments = ["evaluate", "--model", str(model), "--dataset", str(data), "--output", str(tmp_path / "e.json")]
+    arguments = ["evaluate", "--model", str(cat_and_dog), "--dataset", str(data), "--output", str(tmp_path / "e.json")]
     arguments += ["--num_workers", num_workers]
     assert main(arguments) == 0
     said = capsys.readouterr()
@@ -241,13 +229,13 @@ def test_an_evaluation_leaves_out_what_cannot_be_read(model, tmp_path, capsys, n
     assert "2.jpg" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_commands_take_the_limit_of_pixels(model, tmp_path, capsys):
+def test_commands_take_the_limit_of_pixels(cat_and_dog, tmp_path, capsys):
     data = write_data(tmp_path / "data", {0: encoded("JPEG", size=(80, 80))}, count=3, splits=("val",))
     limit = ["--max_image_pixels", "2400"]
-    evaluate = ["evaluate", "--model", str(model), "--dataset", str(data), "--output", str(tmp_path / "e.json")]
+    evaluate = ["evaluate", "--model", str(cat_and_dog), "--dataset", str(data), "--output", str(tmp_path / "e.json")]
     assert main([*evaluate, *limit, "--num_workers", "0"]) == 0
     assert "6400 pixels" in capsys.readouterr().err
-    predict = ["predict", str(data / "val"), "--model", str(model), "--output_dir", str(tmp_path / "out")]
+    predict = ["predict", str(data / "val"), "--model", str(cat_and_dog), "--output_dir", str(tmp_path / "out")]
     assert main([*predict, *limit, "--no_draw"]) == 1
     assert "6400 pixels" in capsys.readouterr().out
     assert main([*predict, "--no_draw"]) == 0

@@ -23,6 +23,7 @@ from coco_samples import CATEGORIES, annotation, coco_content, write_coco
 from conftest import tiny_config
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor
 from deperceiver_hf.data import DetectionDataset, load_detection_data
+from deperceiver_hf.drawing import contact_sheet_rows
 from deperceiver_hf.evaluation.coco_metric import CocoDetectionMetric
 from deperceiver_hf.evaluation.evaluator import align_labels, evaluate_detector
 from deperceiver_hf.evaluation.job import prepare_evaluation
@@ -358,6 +359,47 @@ def test_written_predictions_score_the_same_with_pycocotools_alone(data, coco_di
         evaluation.summarize()
     assert 0.05 < result.metrics["ap"] < 0.95
     assert list(result.metrics.values()) == evaluation.stats.tolist()
+
+
+OWN_IDS = {
+    "text with zeros": lambda number: f"{number:06d}",
+    "words": lambda number: f"frame {number}",
+    "128 bits": lambda number: 2**127 + number,
+    "floats": lambda number: number + 0.5,
+    "whole floats": float,
+    "negative and huge": lambda number: -(2**62) - number,
+    "mixed": lambda number: str(number) if number % 2 else number,
+}
+
+
+@pytest.mark.parametrize("own", OWN_IDS.values(), ids=OWN_IDS)
+def test_results_have_the_ids_of_the_annotation_file(coco_directory, tmp_path, data, own):
+    """The same numbers as with integers, and pycocotools takes the result file on the user's own annotation file."""
+    content = json.loads((coco_directory / "annotations" / "instances_val2017.json").read_text())
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").symlink_to(coco_directory / "val2017")
+    for image in content["images"]:
+        image["id"] = own(image["id"])
+    for entry in content["annotations"]:
+        entry.update(id=entry["id"] + 1, image_id=own(entry["image_id"]), category_id=own(entry["category_id"]))
+    for category in content["categories"]:
+        category["id"] = own(category["id"])
+    file = tmp_path / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps(content))
+    given = load_detection_data(tmp_path, "val", strict=True)
+    expected = evaluate_detector(Oracle(data, processor()), processor(), data, progress=False)
+    result = evaluate_detector(Oracle(given, processor()), processor(), given, progress=False)
+    assert result.metrics == expected.metrics
+    written = json.loads(json.dumps(result.predictions))
+    for key, entries in (("image_id", "images"), ("category_id", "categories")):
+        known = {repr(entry["id"]) for entry in content[entries]}
+        assert {repr(prediction[key]) for prediction in written} <= known
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = COCO(str(file)).loadRes(written)
+    assert len(found.anns) == len(written) > 0
+    rows = contact_sheet_rows(given, result.predictions, threshold=0.5, max_images=3)
+    assert [len(row.detected) for row in rows] == [len(row.annotated) for row in rows]
+    assert [row.caption for row in rows] == [f"image {image['id']}" for image in content["images"][:3]]
 
 
 @pytest.mark.parametrize("make", [scattering_model, None], ids=["deperceiver", "detr"])

@@ -21,8 +21,6 @@ import torch
 import yaml
 from PIL import Image
 
-from conftest import tiny_v2_config
-from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
 from deperceiver_hf.cli import main
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="a hang is ended by SIGALRM")
@@ -80,17 +78,6 @@ IMAGES += [("TIFF", "F"), ("TIFF", "I"), ("BMP", "1"), ("PNG", "LA")]
 
 class HangError(BaseException):
     """A command did not end in time."""
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "saved"
-    names = {0: "cat", 1: "dog"}
-    config = tiny_v2_config(num_labels=2, id2label=names, label2id={name: label for label, name in names.items()})
-    torch.manual_seed(0)
-    DePerceiverV2ForObjectDetection(config).save_pretrained(directory)
-    DePerceiverV2ImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(directory)
-    return directory
 
 
 def picture(generator: random.Random) -> Image.Image:
@@ -397,5 +384,5 @@ def check(seed: int, saved: Path, work: Path, capsys) -> None:
     shutil.rmtree(work)
 
 
-def test_odd_input_ends_in_a_line_or_is_done_right(fuzz_seed, saved, tmp_path, capsys):
-    check(fuzz_seed, saved, tmp_path / "work", capsys)
+def test_odd_input_ends_in_a_line_or_is_done_right(fuzz_seed, cat_and_dog, tmp_path, capsys):
+    check(fuzz_seed, cat_and_dog, tmp_path / "work", capsys)

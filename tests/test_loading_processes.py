@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import tiny_v2_config
-from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
-
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 
 START = """import multiprocessing
@@ -33,15 +30,6 @@ def data(tmp_path_factory) -> Path:
     for split in ("train", "val"):
         write_many(root, split, 40)
     return root
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    config = tiny_v2_config(num_labels=2, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
-    DePerceiverV2ForObjectDetection(config).save_pretrained(directory)
-    DePerceiverV2ImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(directory)
-    return directory
 
 
 def write_many(root: Path, split: str, count: int) -> None:
@@ -112,10 +100,12 @@ def evaluation(data: Path, model: Path, output: Path, *options: object) -> list:
 
 
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.heavy)])
-def test_processes_may_be_started_in_any_way(data, model, tmp_path, method):
+def test_processes_may_be_started_in_any_way(data, cat_and_dog, tmp_path, method):
     log = tmp_path / "log"
     code, said = end_of(
-        start(training(data, model, tmp_path / "run", "--max_steps", 2, "--epochs", 1), log, method), log, seconds=180
+        start(training(data, cat_and_dog, tmp_path / "run", "--max_steps", 2, "--epochs", 1), log, method),
+        log,
+        seconds=180,
     )
     assert code == 0, said
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
@@ -132,9 +122,9 @@ def test_processes_may_be_started_in_any_way(data, model, tmp_path, method):
         pytest.param(signal.SIGINT, False, marks=pytest.mark.heavy),
     ],
 )
-def test_a_signal_in_training_saves_the_state(data, model, tmp_path, number, whole_group):
+def test_a_signal_in_training_saves_the_state(data, cat_and_dog, tmp_path, number, whole_group):
     log = tmp_path / "log"
-    process = start(training(data, model, tmp_path / "run", "--epochs", 500, "--eval_every", 0), log)
+    process = start(training(data, cat_and_dog, tmp_path / "run", "--epochs", 500, "--eval_every", 0), log)
     wait_for(log, "loss=", process)
     (os.killpg if whole_group else os.kill)(process.pid, number)
     code, said = end_of(process, log)
@@ -146,7 +136,7 @@ def test_a_signal_in_training_saves_the_state(data, model, tmp_path, number, who
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)])
-def test_a_signal_to_the_group_in_the_evaluation_of_a_run_saves_the_state(data, model, tmp_path, number):
+def test_a_signal_to_the_group_in_the_evaluation_of_a_run_saves_the_state(data, cat_and_dog, tmp_path, number):
     log = tmp_path / "log"
     options = ("--epochs", 1, "--max_steps", 1, "--eval_every", 1)
     slow = tmp_path / "slow"
@@ -164,7 +154,7 @@ def test_a_signal_to_the_group_in_the_evaluation_of_a_run_saves_the_state(data, 
         encoding="utf-8",
     )
     path = os.pathsep.join([str(slow), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = start(training(data, model, tmp_path / "run", *options), log, PYTHONPATH=path)
+    process = start(training(data, cat_and_dog, tmp_path / "run", *options), log, PYTHONPATH=path)
     wait_for(log, "Evaluating", process)
     os.killpg(process.pid, number)
     code, said = end_of(process, log)
@@ -177,9 +167,9 @@ def test_a_signal_to_the_group_in_the_evaluation_of_a_run_saves_the_state(data, 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_group_ends_an_evaluation(data, model, tmp_path, number):
+def test_a_signal_to_the_group_ends_an_evaluation(data, cat_and_dog, tmp_path, number):
     log = tmp_path / "log"
-    process = start(evaluation(data, model, tmp_path / "e.json"), log)
+    process = start(evaluation(data, cat_and_dog, tmp_path / "e.json"), log)
     wait_for(log, "Evaluating", process)
     os.killpg(process.pid, number)
     code, said = end_of(process, log)
@@ -189,13 +179,13 @@ def test_a_signal_to_the_group_ends_an_evaluation(data, model, tmp_path, number)
 
 
 @pytest.mark.parametrize("command", ["train", pytest.param("evaluate", marks=pytest.mark.heavy)])
-def test_a_killed_process_that_loads_ends_the_command_in_a_line(data, model, tmp_path, command):
+def test_a_killed_process_that_loads_ends_the_command_in_a_line(data, cat_and_dog, tmp_path, command):
     log = tmp_path / "log"
     if command == "train":
-        process = start(training(data, model, tmp_path / "run", "--epochs", 500, "--eval_every", 0), log)
+        process = start(training(data, cat_and_dog, tmp_path / "run", "--epochs", 500, "--eval_every", 0), log)
         wait_for(log, "loss=", process)
     else:
-        process = start(evaluation(data, model, tmp_path / "e.json"), log)
+        process = start(evaluation(data, cat_and_dog, tmp_path / "e.json"), log)
         wait_for(log, "Evaluating", process)
     workers = [pid for pid in members(process.pid) if pid != process.pid]
     for pid in workers[:1]:
@@ -210,9 +200,9 @@ def test_a_killed_process_that_loads_ends_the_command_in_a_line(data, model, tmp
 
 
 @pytest.mark.heavy
-def test_processes_that_load_end_with_a_killed_command(data, model, tmp_path):
+def test_processes_that_load_end_with_a_killed_command(data, cat_and_dog, tmp_path):
     log = tmp_path / "log"
-    process = start(training(data, model, tmp_path / "run", "--epochs", 500, "--eval_every", 0), log)
+    process = start(training(data, cat_and_dog, tmp_path / "run", "--epochs", 500, "--eval_every", 0), log)
     wait_for(log, "loss=", process)
     process.kill()
     process.wait()

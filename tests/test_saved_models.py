@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForObjectDetection
 
 from coco_samples import annotation, write_coco
-from conftest import tiny_v2_config
-from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
+from deperceiver_hf import DePerceiverV2ImageProcessor
 from deperceiver_hf.cli import main
 from deperceiver_hf.data.transforms import AUGMENTATIONS
 from deperceiver_hf.errors import UserError
@@ -25,16 +24,6 @@ from deperceiver_hf.training.building import training_mode
 from training_runs import TINY_ARCHITECTURES, tiny_options
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "saved"
-    names = {0: "cat", 1: "dog"}
-    config = tiny_v2_config(num_labels=2, id2label=names, label2id={name: label for label, name in names.items()})
-    DePerceiverV2ForObjectDetection(config).save_pretrained(directory)
-    DePerceiverV2ImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(directory)
-    return directory
 
 
 def edit_json(name, **changes):
@@ -157,8 +146,8 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_wrong_with_a_directory_is_said_in_a_line(saved, tmp_path, damage):
-    directory = shutil.copytree(saved, tmp_path / "damaged")
+def test_what_is_wrong_with_a_directory_is_said_in_a_line(cat_and_dog, tmp_path, damage):
+    directory = shutil.copytree(cat_and_dog, tmp_path / "damaged")
     DAMAGES[damage](directory)
     with pytest.raises((OSError, ValueError), match=str(directory)) as raised:
         load_detector(str(directory))
@@ -166,14 +155,14 @@ def test_what_is_wrong_with_a_directory_is_said_in_a_line(saved, tmp_path, damag
     assert not (directory / "EXECUTED").exists()
 
 
-def test_a_file_of_a_model_is_no_model_but_its_directory_is(saved):
-    with pytest.raises(UserError, match=f"give the directory that it is in, {saved}"):
-        load_detector(str(saved / WEIGHTS))
+def test_a_file_of_a_model_is_no_model_but_its_directory_is(cat_and_dog):
+    with pytest.raises(UserError, match=f"give the directory that it is in, {cat_and_dog}"):
+        load_detector(str(cat_and_dog / WEIGHTS))
 
 
 @pytest.mark.parametrize("field", [{"d_model": 32}, {"id2label": {"0": "a", "1": "b", "2": "c"}}])
-def test_training_starts_from_no_weights_of_another_shape(saved, tmp_path, field):
-    directory = shutil.copytree(saved, tmp_path / "changed")
+def test_training_starts_from_no_weights_of_another_shape(cat_and_dog, tmp_path, field):
+    directory = shutil.copytree(cat_and_dog, tmp_path / "changed")
     edit_json("config.json", **field)(directory)
     with pytest.raises(UserError, match=rf"{directory} lacks .* weights"):
         build_model(tiny_options(tmp_path, {"model": str(directory)}), ["cat", "dog"])
@@ -205,8 +194,8 @@ def test_every_architecture_loads_with_its_own_processor(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_models_of_other_precisions_are_whole(saved, tmp_path, dtype):
-    model, processor = load_detector(str(saved))
+def test_models_of_other_precisions_are_whole(cat_and_dog, tmp_path, dtype):
+    model, processor = load_detector(str(cat_and_dog))
     model.to(dtype).save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
     assert load_detector(str(tmp_path / "saved"))[0].dtype == dtype
@@ -215,8 +204,8 @@ def test_models_of_other_precisions_are_whole(saved, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("part", [[], ["backbone_config"]])
-def test_models_that_return_tuples_elsewhere_detect_here(saved, tmp_path, part):
-    directory = shutil.copytree(saved, tmp_path / "saved")
+def test_models_that_return_tuples_elsewhere_detect_here(cat_and_dog, tmp_path, part):
+    directory = shutil.copytree(cat_and_dog, tmp_path / "saved")
     content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     changed = content
     for name in part:
@@ -227,8 +216,8 @@ def test_models_that_return_tuples_elsewhere_detect_here(saved, tmp_path, part):
     assert model(pixel_values=torch.zeros(1, 3, 64, 64)).logits.isfinite().all()
 
 
-def test_models_in_several_files_are_whole(saved, tmp_path):
-    model, processor = load_detector(str(saved))
+def test_models_in_several_files_are_whole(cat_and_dog, tmp_path):
+    model, processor = load_detector(str(cat_and_dog))
     model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
     processor.save_pretrained(tmp_path / "saved")
     shards = sorted((tmp_path / "saved").glob("*.safetensors"))
@@ -245,11 +234,11 @@ def test_models_in_several_files_are_whole(saved, tmp_path):
 
 @pytest.mark.parametrize("damage", ["weights cut off", "config is a list", "processor is a list"])
 @pytest.mark.parametrize("command", ["predict", "evaluate", "train"])
-def test_commands_end_in_one_line_with_2(saved, tmp_path, capsys, damage, command):
-    directory = shutil.copytree(saved, tmp_path / "damaged")
+def test_commands_end_in_one_line_with_2(cat_and_dog, tmp_path, capsys, damage, command):
+    directory = shutil.copytree(cat_and_dog, tmp_path / "damaged")
     DAMAGES[damage](directory)
     arguments = {
-        "predict": [str(saved.parent), "--output_dir", str(tmp_path / "out"), "--no_draw"],
+        "predict": [str(cat_and_dog.parent), "--output_dir", str(tmp_path / "out"), "--no_draw"],
         "evaluate": ["--dataset", "synthetic", "--max_samples", "1", "--output", str(tmp_path / "e.json")],
         "train": ["--dataset", "synthetic", "--max_train_samples", "4", "--output_dir", str(tmp_path / "run")],
     }[command]
@@ -262,8 +251,8 @@ def test_commands_end_in_one_line_with_2(saved, tmp_path, capsys, damage, comman
     assert str(directory) in said.splitlines()[-1]
 
 
-def test_a_directory_that_holds_models_says_which(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "run" / "best")
+def test_a_directory_that_holds_models_says_which(cat_and_dog, tmp_path):
+    shutil.copytree(cat_and_dog, tmp_path / "run" / "best")
     with pytest.raises(FileNotFoundError, match=r"There are models in .*best"):
         load_detector(str(tmp_path / "run"))
 
@@ -322,9 +311,9 @@ def run_from(saved, tmp_path, pictures, fields, **options) -> DetectionTrainer:
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
-def test_training_keeps_and_uses_every_field_of_a_saved_processor(saved, tmp_path, pictures, name, value):
+def test_training_keeps_and_uses_every_field_of_a_saved_processor(cat_and_dog, tmp_path, pictures, name, value):
     one_size = {"size": {"height": 64, "width": 64}} if name == "do_pad" else {}  # then nothing is to be padded
-    run = run_from(saved, tmp_path, pictures, one_size | {name: value}, augmentation="none")
+    run = run_from(cat_and_dog, tmp_path, pictures, one_size | {name: value}, augmentation="none")
     batch = next(iter(run.data.loader(0, 0, num_workers=0, pin_memory=False)))
     run.train()
 
@@ -348,8 +337,8 @@ def test_training_keeps_and_uses_every_field_of_a_saved_processor(saved, tmp_pat
     "fields",
     [{"size": {"height": 48, "width": 80}}, {"size": {"max_height": 70, "max_width": 90}}, {"do_resize": False}],
 )
-def test_augmentation_gives_the_sizes_of_the_processor(saved, tmp_path, pictures, augmentation, fields):
-    run = run_from(saved, tmp_path, pictures, fields, augmentation=augmentation)
+def test_augmentation_gives_the_sizes_of_the_processor(cat_and_dog, tmp_path, pictures, augmentation, fields):
+    run = run_from(cat_and_dog, tmp_path, pictures, fields, augmentation=augmentation)
     processor, rows = run.data.image_processor, run.data.train.dataset
     for index in range(len(rows)):
         expected = tuple(processor(rows[index]["image"], return_tensors="pt")["pixel_values"].shape[-2:])
@@ -366,9 +355,11 @@ def test_augmentation_gives_the_sizes_of_the_processor(saved, tmp_path, pictures
         ({"do_resize": False}, "not as large as they are"),
     ],
 )
-def test_an_edge_that_is_asked_for_wins_over_a_size_of_another_kind(saved, tmp_path, pictures, caplog, fields, said):
+def test_an_edge_that_is_asked_for_wins_over_a_size_of_another_kind(
+    cat_and_dog, tmp_path, pictures, caplog, fields, said
+):
     with caplog.at_level(logging.WARNING, logger="deperceiver_hf"):
-        run = run_from(saved, tmp_path, pictures, fields, shortest_edge=32, augmentation="none")
+        run = run_from(cat_and_dog, tmp_path, pictures, fields, shortest_edge=32, augmentation="none")
     assert said in caplog.text
     assert run.data.image_processor.do_resize
     assert min(run.data.dataset[2]["image"].shape[-2:]) == 32

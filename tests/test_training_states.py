@@ -282,9 +282,10 @@ def test_an_output_directory_that_cannot_be_used_is_found_before_data_are_loaded
         DetectionTrainer(tiny_options(tmp_path / "file" / "run", dataset=str(tmp_path / "no-data")))
 
 
+@pytest.mark.heavy
 def test_killed_at_any_file_operation_a_run_ends_as_if_it_had_not_been(tmp_path, request):
     """At some of them here; `--kill-everywhere` takes all."""
-    points = [] if request.config.getoption("--kill-everywhere") else ["--points", "6"]
+    points = [] if request.config.getoption("--kill-everywhere") else ["--points", "8"]
     tests = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, tests / "kill_everywhere.py", tmp_path / "work", *points]

@@ -165,19 +165,20 @@ def record_columns(
         own_id, box = (own_ids or {}).get(image_id, image_id), annotations.bbox[position]
         return f"image_id {own_id}, annotation id {annotations.id[position]}, bbox {str(box)[:100]}"
 
-    def note(issue: str, flags: np.ndarray) -> None:
+    def note(issue: str, flags: np.ndarray, of: str | None = None) -> None:
         if flags.any():
-            report.add(issue, describe(int(flags.argmax())), int(flags.sum()))
+            position = int(flags.argmax())
+            value = "" if of is None else f", {of} {str(getattr(annotations, of)[position])[:100]}"
+            report.add(issue, f"{describe(position)}{value}", int(flags.sum()))
 
     width, height = sizes[image_index].astype(np.float64).T
     finite = np.isfinite(boxes).all(axis=1)
-    positive = finite & (boxes[:, 2] > 0) & (boxes[:, 3] > 0)
     with np.errstate(over="ignore", invalid="ignore"):  # of numbers at the end of the floats
         low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
         limits = np.stack([width, height], axis=1)
         clipped_low, clipped_high = low.clip(0, limits), high.clip(0, limits)
-        # A box that has no extent in float32, in which models compute, has none.
-        inside = (clipped_high.astype(np.float32) > clipped_low.astype(np.float32)).all(axis=1)
+        positive = finite & (boxes[:, 2:] > 0).all(axis=1) & _have_extent(low, high)
+        inside = _have_extent(clipped_low, clipped_high)
         keep = positive & inside
         excess = np.maximum(clipped_low - low, high - clipped_high).max(axis=1, initial=0)
     note("invalid_box", ~finite)
@@ -191,7 +192,7 @@ def record_columns(
     area = np.asarray([as_number(value) for value in annotations.area], dtype=np.float64)
     stated = np.asarray([value is not None for value in annotations.area], dtype=bool)
     usable = (area > 0) & (area < np.finfo(np.float32).max)
-    note("invalid_area", keep & stated & ~usable)
+    note("invalid_area", keep & stated & ~usable, of="area")
     area = np.where(usable, area, boxes[:, 2] * boxes[:, 3])
 
     order = np.flatnonzero(keep)
@@ -199,7 +200,7 @@ def record_columns(
     objects_per_image = np.bincount(image_index[order], minlength=len(image_ids))
     offsets = pa.array(np.concatenate([[0], np.cumsum(objects_per_image)]), type=pa.int32())
     crowds = [False if value is None else as_truth(value) for value in annotations.iscrowd]
-    note("invalid_crowd", keep & np.array([value is None for value in crowds], dtype=bool))
+    note("invalid_crowd", keep & np.array([value is None for value in crowds], dtype=bool), of="iscrowd")
     crowd = np.array(crowds, dtype=bool)[order]
     ids, replaced = _as_annotation_ids([annotations.id[i] for i in order])
     if any(annotations.id[i] is not None for i in order):  # a data set without any ids needs no remark
@@ -226,6 +227,11 @@ def record_columns(
             [pa.ListArray.from_arrays(offsets, values) for values in columns.values()], names=list(columns)
         ),
     }
+
+
+def _have_extent(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(N,) whether boxes have an extent in float32, in which models compute."""
+    return np.all(high.astype(np.float32) > low.astype(np.float32), axis=1)
 
 
 def image_path_column(paths: list[str | None]) -> pa.StructArray:

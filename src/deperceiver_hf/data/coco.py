@@ -29,7 +29,7 @@ from .annotated_files import FoundFile, find_image_files
 from .annotations import AnnotationList, ImageList, assemble, image_path_column, stated_size
 from .fields import Id, IdTable, as_id, as_text, category_order, is_text, record_ids
 from .images import UnreadableImageError, read_headers
-from .layouts import ANNOTATION_DIRECTORIES, EXPECTED, ROBOFLOW_FILE, annotation_files
+from .layouts import ANNOTATION_DIRECTORIES, EXPECTED, ROBOFLOW_FILE, annotation_files, image_directories
 from .records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, split_aliases
 
 # Other annotations of the same images, which a split has beside those of its instances.
@@ -147,7 +147,7 @@ def _find_split(root: Path, split: str) -> tuple[CocoSplit | None, list[str]]:
         ):
             tried.append(str(annotation_file.relative_to(root)))
             if annotation_file.is_file():
-                return _with_images(root, annotation_file, image_dir_names), tried
+                return _with_images(root, annotation_file, image_dir_names, usual_file=True), tried
     others = [file for file in annotation_files(root) if file.name != ROBOFLOW_FILE]
     named = [file for file in others if _is_of_split(file, root, split)]
     instances = [file for file in named if not any(task in file.name.lower() for task in _OTHER_TASKS)]
@@ -169,7 +169,8 @@ def _find_split(root: Path, split: str) -> tuple[CocoSplit | None, list[str]]:
 def _split_of_file(path: Path, split: str) -> CocoSplit:
     """The split of the data set that an annotation file belongs to; the file itself if that is its split."""
     parent = path.parent
-    within = parent.name.lower() in ANNOTATION_DIRECTORIES or path.name == ROBOFLOW_FILE
+    known = {*ANNOTATION_DIRECTORIES, *(name for names in SPLIT_NAMES.values() for name in names)}
+    within = parent.name.lower() in known or path.name == ROBOFLOW_FILE
     root = parent.parent if within else parent
     own_splits = _splits_of(path, root)
     if _is_of_split(path, root, split) or (not own_splits and split in SPLIT_NAMES["train"]):
@@ -180,10 +181,10 @@ def _split_of_file(path: Path, split: str) -> CocoSplit:
         place, _ = _find_split(root, split)
         if place is not None:
             return place
+    own = f"split {', '.join(own_splits)}" if own_splits else "one split, which is taken for train"
     raise FileNotFoundError(
-        f"{path} has the annotations of split {', '.join(own_splits) or 'train'} (the only one, as its name says none)"
-        f", and there are none of split {split!r} in {root}. Write them to annotations/instances_{split}.json in the "
-        "directory with the images, or name the split that is there."
+        f"{path} has the annotations of {own}; there are none of split {split!r} in {root}. Write them to "
+        f"annotations/instances_{split}.json in the directory with the images, or name the split that is there."
     )
 
 
@@ -204,14 +205,23 @@ def _words(file: Path, root: Path) -> set[str]:
     return words if file.parent == root else words | {file.parent.name.lower()}
 
 
-def _with_images(root: Path, annotation_file: Path, image_dir_names: Sequence[str]) -> CocoSplit:
-    usual = [
-        directory for name in dict.fromkeys(image_dir_names) for directory in (root / name, root / "images" / name)
-    ]
-    beside = [] if annotation_file.parent.name.lower() == "annotations" else [annotation_file.parent]
-    directories = [
-        d for d in dict.fromkeys([*usual, root / "images", *beside, root, annotation_file.parent]) if d.is_dir()
-    ]
+def _with_images(
+    root: Path, annotation_file: Path, image_dir_names: Sequence[str], *, usual_file: bool = False
+) -> CocoSplit:
+    """The split with the directories in which its images may be.
+
+    Args:
+        usual_file: The annotation file has its usual name. Images of others are also looked for in a directory of any
+            name, if it is the only one that holds images.
+    """
+    names, parent = dict.fromkeys(image_dir_names), annotation_file.parent
+    usual = [directory for name in names for directory in (root / name, root / "images" / name)]
+    beside = [] if parent.name.lower() == "annotations" else [parent / "images", parent]
+    places = dict.fromkeys([*usual, root / "images", *beside, root, parent])
+    directories = [place for place in places if place.is_dir()]
+    holding = [] if usual_file else image_directories(root)
+    if len(holding) == 1:
+        directories = list(dict.fromkeys([*holding, *directories]))
     return CocoSplit(root, annotation_file, directories, usual)
 
 
@@ -255,8 +265,8 @@ def _read_annotation_file(path: Path, report: LoadingReport) -> dict:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} must hold a JSON object with images, annotations and categories, not a {type(content).__name__}"
-            f"{_of_detections(content)}."
+            f"{path} must hold a JSON object with images, annotations and categories; it holds a "
+            f"{'list' if isinstance(content, list) else 'single value'}{_of_detections(content)}."
         )
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list):

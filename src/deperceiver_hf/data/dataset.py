@@ -148,10 +148,11 @@ class DetectionDataset(Dataset):
         if self._images is not None and index in self._images:
             return self._rows_without_image[index], self._images[index].clone()
         row = self._rows[index]
-        image = decode_rgb(row["image"], row["image_id"])
+        own_id = self.data.own_image_id(row["image_id"])
+        image = decode_rgb(row["image"], own_id)
         if image.size != (row["width"], row["height"]):
             raise UnreadableImageError(
-                f"The image of image_id {row['image_id']} ({row['image']['path']}) is {image.size} pixels (width, "
+                f"The image of image_id {own_id} ({row['image']['path']}) is {image.size} pixels (width, "
                 f"height), its record says {(row['width'], row['height'])}: it was replaced after loading, so its "
                 "boxes may not fit."
             )

@@ -54,6 +54,12 @@ def annotation_files(root: Path) -> list[Path]:
     ]
 
 
+def image_directories(root: Path) -> list[Path]:
+    """The directories with images in them, the one itself among them."""
+    images = (path for path in _files_below(root) if path.suffix.lower() in PICTURE_SUFFIXES)
+    return list(dict.fromkeys(path.parent for path in images))
+
+
 def is_coco_directory(root: Path) -> bool:
     """Whether a directory holds annotations in COCO's format, in their usual place or another one."""
     if any(root.glob(f"*/{ROBOFLOW_FILE}")):

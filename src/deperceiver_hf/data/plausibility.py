@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ..errors import UserError
 from .boxes import BOX_FORMATS, UNITS, BoxFormat
-from .records import ISSUES, DetectionData, LoadingReport
+from .records import DetectionData, LoadingReport
 
 FEW_BOXES = 4  # fewer are no evidence
 MANY_BOXES = 20  # that many are, even if most of them could be read either way
@@ -192,7 +192,7 @@ def _fitting(boxes: np.ndarray, named: np.ndarray, sizes: np.ndarray, units: tup
         form
         for form in formats
         if _fits(form.to_xywh(boxes, sizes, named), sizes, ROUNDING).mean() >= NEARLY_ALL
-        and (form.unit in ("pixels", "relative") or _reach(form, boxes, named) >= 0.7)
+        and (form.unit in ("pixels", "relative") or _reach(form, boxes, named) >= 0.9)
     ]
 
 
@@ -267,8 +267,7 @@ def require_objects(data: DetectionData) -> None:
     report = data.report
     if report.num_objects > report.num_crowds:
         return
-    issues = [f"{count} {ISSUES[issue]}, e.g. {report.examples[issue]}" for issue, count in report.counts.items()]
-    why = f"While loading: {'; '.join(issues)}." if issues else "Its annotations list no others."
+    why = f"While loading: {report.sentence()}." if report.counts else "Its annotations list no others."
     crowds = "; they are crowds (iscrowd), from which nothing is learned" if report.num_crowds else ""
     raise UserError(
         f"{report.source} has no object to learn from: {report.num_images} images with {report.num_objects} objects"

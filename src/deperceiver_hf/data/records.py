@@ -2,7 +2,7 @@
 """The schema of a detection record, the data set that holds them, and the report of what was repaired on the way."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch.distributed
@@ -65,7 +65,7 @@ ISSUES = {
 }
 """What can be wrong with a data set, and what is done about it."""
 
-_LACKING_IMAGES = ("missing_image_file", "unreadable_image")
+_LACKING_IMAGES = ("missing_image_file", "unreadable_image", "outside_image_file")
 
 BORDER_TOLERANCE = 1.0
 """Pixels by which a box may pass the border before its clipping counts as a repair (annotations are often rounded)."""
@@ -107,17 +107,20 @@ class LoadingReport:
             f"  {count} {ISSUES[issue]}; e.g. {self.examples[issue]}" for issue, count in self.counts.items()
         )
 
+    def sentence(self, issues: Iterable[str] | None = None) -> str:
+        """These issues, or all of them, on one line; empty when there were none."""
+        found = [issue for issue in (self.counts if issues is None else issues) if issue in self.counts]
+        return "; ".join(f"{self.counts[issue]} {ISSUES[issue]}, e.g. {self.examples[issue]}" for issue in found)
+
     def require_images(self) -> None:
         """Refuse a data set of which images are missing or cannot be read.
 
         Raises:
             ValueError: some were left out for that.
         """
-        lacking = {issue: self.counts[issue] for issue in _LACKING_IMAGES if issue in self.counts}
-        if lacking:
-            described = "; ".join(f"{n} {ISSUES[issue]}, e.g. {self.examples[issue]}" for issue, n in lacking.items())
+        if lacking := self.sentence(_LACKING_IMAGES):
             raise UserError(
-                f"{self.source}: {described}. Mend or remove them, or leave them out by --on_bad_image skip."
+                f"{self.source}: {lacking}. Mend or remove them, or leave them out by --on_bad_image skip."
             )
 
     def conclude(self, strict: bool) -> None:

@@ -152,6 +152,9 @@ def make_loader(
 def iterating(loader: DataLoader) -> Iterator[Iterator[Any]]:
     """An iterator over the batches of a loader of [`make_loader`], whose processes end with the block in any case.
 
+    Raises:
+        RuntimeError: one of them was killed.
+
     Without it they would live as long as something refers to the iterator: the traceback of an error does.
     """
     if not loader.num_workers:
@@ -161,11 +164,28 @@ def iterating(loader: DataLoader) -> Iterator[Iterator[Any]]:
     atexit.register(dismiss)  # before multiprocessing waits for its children
     iterator = iter(loader)
     try:
-        yield iterator
+        yield _naming_the_dead(iterator)
     finally:
         dismiss()
         iterator._shutdown_workers()  # type: ignore[attr-defined]  # what its `__del__` does, but at once
         atexit.unregister(dismiss)
+
+
+def _naming_the_dead(iterator: Any) -> Iterator[Any]:
+    """The batches; if a process that loads them has died, an error that says so, whatever was noticed of it first."""
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            for process in iterator._workers:
+                process.join(timeout=0.2)
+            dead = [process.pid for process in iterator._workers if process.exitcode is not None]
+            if not dead:
+                raise
+            raise RuntimeError(f"DataLoader worker (pid {dead[0]}) has died ({type(error).__name__}).") from error
+        yield batch
 
 
 class _Worker:

@@ -79,7 +79,7 @@ def load_detection_data(
             BoxFormat.parse(reading["bbox_format"])
         data = _load(dataset, split, max_samples, cache_dir, **reading)
     if len(data.dataset) == 0:
-        raise UserError(f"{data.report.source} has no images.\n{data.report.summary()}".strip())
+        raise UserError(f"{data.report.source} has no images. {data.report.sentence()}".strip())
     return data
 
 
