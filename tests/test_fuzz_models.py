@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_v2_config
-from deperceiver_hf import DePerceiverV2ForObjectDetection, DePerceiverV2ImageProcessor
 from deperceiver_hf.cli import main
 from deperceiver_hf.errors import UserError
 from deperceiver_hf.saved_models import load_detector
@@ -23,34 +21,8 @@ from training_runs import tiny_options
 WEIGHTS = "model.safetensors"
 JSON_FILES = ("config.json", "preprocessor_config.json")
 NAMES = ["cat", "dog"]
-ODD_VALUES: list[Any] = [
-    None,
-    True,
-    False,
-    -1,
-    0,
-    3,
-    1.5,
-    1e308,
-    "",
-    "text",
-    "64",
-    [],
-    [1],
-    ["a", None],
-    {},
-    {"a": 1},
-    [[1]],
-]
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "saved"
-    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: label for label, name in enumerate(NAMES)}}
-    DePerceiverV2ForObjectDetection(tiny_v2_config(num_labels=2, **labels)).save_pretrained(directory)
-    DePerceiverV2ImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(directory)
-    return directory
+NO_COLLECTIONS: list[Any] = [None, True, False, -1, 0, 3, 1.5, 1e308, "", "text", "64"]
+ODD_VALUES: list[Any] = [*NO_COLLECTIONS, [], [1], ["a", None], {}, {"a": 1}, [[1]]]
 
 
 def change_bytes(directory: Path, generator: random.Random) -> None:
@@ -158,15 +130,15 @@ def is_refused_or_works(directory: Path, tmp_path: Path) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_damaged_models_are_refused_in_a_line_or_work(saved, tmp_path, seed):
-    is_refused_or_works(damaged(saved, tmp_path / "damaged", seed), tmp_path)
+def test_damaged_models_are_refused_in_a_line_or_work(cat_and_dog, tmp_path, seed):
+    is_refused_or_works(damaged(cat_and_dog, tmp_path / "damaged", seed), tmp_path)
 
 
 @pytest.mark.heavy
-def test_many_damaged_models_are_refused_in_a_line_or_work(saved, tmp_path):
+def test_many_damaged_models_are_refused_in_a_line_or_work(cat_and_dog, tmp_path):
     refused = 0
     for seed in range(40, 340):
-        directory = damaged(saved, tmp_path / f"damaged{seed}", seed)
+        directory = damaged(cat_and_dog, tmp_path / f"damaged{seed}", seed)
         refused += is_refused_or_works(directory, tmp_path)
         shutil.rmtree(directory)
     assert refused > 100
@@ -174,8 +146,8 @@ def test_many_damaged_models_are_refused_in_a_line_or_work(saved, tmp_path):
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "train", "compare"])
 @pytest.mark.parametrize("seed", [3, 4, 9])
-def test_commands_end_in_one_line_on_damaged_models(saved, tmp_path, capsys, command, seed):
-    directory = damaged(saved, tmp_path / "damaged", seed)
+def test_commands_end_in_one_line_on_damaged_models(cat_and_dog, tmp_path, capsys, command, seed):
+    directory = damaged(cat_and_dog, tmp_path / "damaged", seed)
     with pytest.raises((UserError, OSError)):
         load_detector(str(directory))
     (tmp_path / "x.png").write_bytes(b"")
