@@ -485,6 +485,17 @@ def test_pretrained_names_of_another_layout_are_loaded(tmp_path):
     assert torch.equal(loaded, weights.stages[1].blocks[0].conv_dw.weight)
 
 
+def test_backbone_weights_that_are_not_finite_are_refused(tmp_path):
+    import timm
+
+    weights = timm.create_model("test_resnet", pretrained=False).state_dict()
+    weights["conv1.0.weight"].view(-1)[0] = torch.nan
+    torch.save(weights, tmp_path / "weights.pth")
+    config = tiny_config(backbone="test_resnet")
+    with pytest.raises(ValueError, match=r"1 of the weights of .*weights.pth.*conv1.0.weight, are not finite"):
+        create_model(config, tmp_path / "weights.pth")
+
+
 def test_missing_or_unfit_backbone_weights_are_clear(tmp_path):
     import timm
 

@@ -58,7 +58,7 @@ def create_model(
 
     Raises:
         OSError: The weights cannot be downloaded or read.
-        ValueError: The weights are of another architecture.
+        ValueError: The weights are of another architecture, or not finite.
     """
     model = MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)](config)
     if pretrained_backbone is None:
@@ -130,14 +130,14 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> 
 
     Raises:
         OSError: The weights cannot be downloaded or read.
-        ValueError: The weights are of another architecture.
+        ValueError: The weights are of another architecture, or not finite.
     """
     is_timm = backbone.config.model_type == "timm_backbone"
     target = backbone._backbone if is_timm else backbone
     weights = _read_timm_weights(backbone, source) if is_timm else _read_transformers_weights(backbone, source)
     expected = {name: tensor for name, tensor in target.state_dict().items() if "num_batches_tracked" not in name}
     # Classifier and stages behind the last feature map are not part of the backbone.
-    usable = {name: tensor for name, tensor in weights.items() if name in expected}
+    usable = {name: tensor for name, tensor in weights.items() if name in expected and torch.is_tensor(tensor)}
     problems = sorted(expected.keys() - usable.keys())
     problems += sorted(name for name, tensor in usable.items() if tensor.shape != expected[name].shape)
     if problems:
@@ -145,6 +145,11 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> 
             f"the weights of {str(source)!r} do not fit the backbone {_describe(backbone)}: {len(problems)} of its "
             f"{len(expected)} tensors are missing there or have another shape, such as {problems[:3]}. Name weights "
             f"of the same architecture."
+        )
+    if broken := sorted(name for name, tensor in usable.items() if not tensor.isfinite().all()):
+        raise UserError(
+            f"{len(broken)} of the weights of {str(source)!r}, e.g. {broken[0]}, are not finite (NaN or infinite): "
+            "they are damaged, or from a training that failed."
         )
     target.load_state_dict(usable, strict=False)
 
