@@ -246,7 +246,9 @@ def joint_batch(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "compared"), [([5, 1, 0, 2], "bbox_predictor"), ([3, 1, 0, 4], "")])
+@pytest.mark.parametrize(
+    ("sizes", "compared"), [([5, 1, 0, 2], "bbox_predictor"), pytest.param([3, 1, 0, 4], "", marks=pytest.mark.heavy)]
+)
 def test_box_gradients_of_two_processes_equal_those_of_the_joint_batch(sizes, compared):
     """Boxes are normalised by their mean number over processes, so their averaged gradients are those of one process.
 

@@ -351,7 +351,7 @@ def _gradients_in_a_process(rank: int, world_size: int, port: int, sizes: list[i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [[5, 1, 0, 2], [0, 0, 3, 1]])
+@pytest.mark.parametrize("sizes", [[5, 1, 0, 2], pytest.param([0, 0, 3, 1], marks=pytest.mark.heavy)])
 def test_gradients_of_two_processes_equal_those_of_the_joint_batch(sizes):
     """Everything is normalised by the mean number of boxes over processes, whoever has how many."""
     with socket.socket() as probe:

@@ -681,7 +681,7 @@ def test_forward_exports_with_dynamic_batch_and_size(images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["multiscale", "layered"])
+@pytest.mark.parametrize("variant", ["multiscale", pytest.param("layered", marks=pytest.mark.heavy)])
 def test_forward_compiles_without_graph_breaks(variant, images):
     torch.compiler.reset()
     model = tiny_model(**VARIANTS[variant])

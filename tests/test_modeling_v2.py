@@ -632,7 +632,9 @@ def test_forward_exports_with_dynamic_batch_and_size(variant, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["default", "learned", "shared"])
+@pytest.mark.parametrize(
+    "variant", ["default", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("learned", "shared"))]
+)
 def test_forward_compiles_without_graph_breaks(variant, images):
     torch.compiler.reset()
     model = tiny_v2_model(**VARIANTS[variant])

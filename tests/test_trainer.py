@@ -71,8 +71,10 @@ def test_trainer_trains_and_gathers_predictions_only(tmp_path, make_model, field
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_model", "processor"),
-    [(tiny_model, DePerceiverImageProcessor), (tiny_v2_model, DePerceiverV2ImageProcessor)],
-    ids=["v1", "v2"],
+    [
+        pytest.param(tiny_model, DePerceiverImageProcessor, marks=pytest.mark.heavy, id="v1"),
+        pytest.param(tiny_v2_model, DePerceiverV2ImageProcessor, id="v2"),
+    ],
 )
 def test_the_detection_example_of_transformers_runs_on_a_saved_model(tmp_path, make_model, processor):
     """A process that knows nothing of this package takes another data set's classes, trains, evaluates each epoch by
