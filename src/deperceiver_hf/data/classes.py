@@ -126,9 +126,9 @@ def with_labels_of(reference: DetectionData, data: DetectionData) -> DetectionDa
             f"{data.report.source} has classes that {reference.report.source} does not have: {described}. The classes "
             f"there are {listing(reference.label_names)}. Give the classes the same names in both, or leave these out."
         )
-    idle = f", which has no objects of {listing(unknown)} either" if unknown else ""
+    left_out = f" Its classes {listing(unknown)}, without objects, are left out." if unknown else ""
     _warn_once(
-        f"{data.report.source} lists its classes in another way than {reference.report.source}{idle}; names decide."
+        f"{data.report.source} lists its classes in another way than {reference.report.source}; names decide.{left_out}"
     )
     for entry in objects:
         entry["category"] = [places[label] for label in entry["category"]]
