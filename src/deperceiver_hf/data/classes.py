@@ -128,7 +128,7 @@ def with_labels_of(reference: DetectionData, data: DetectionData) -> DetectionDa
         )
     left_out = f" Its classes {listing(unknown)}, without objects, are left out." if unknown else ""
     _warn_once(
-        f"{data.report.source} lists its classes in another way than {reference.report.source}; names decide.{left_out}"
+        f"{data.report.source} lists its classes otherwise than {reference.report.source}; names decide.{left_out}"
     )
     for entry in objects:
         entry["category"] = [places[label] for label in entry["category"]]
