@@ -63,6 +63,7 @@ def tiny_v2_config(**overrides) -> DePerceiverV2Config:
     fields = {
         "backbone": "test_resnet",
         "feature_strides": [8, 16],
+        "fusion_dim": 16,
         "d_model": 24,
         "num_attention_heads": 2,
         "num_queries": 9,

@@ -81,6 +81,10 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
     places = queries * heads * (4 + levels)
     boxes = 4 * queries * d**2 + 8 * queries * d
 
+    fusion, fusion_made, fusion_weights = 0, 0, 0
+    if config.token_encoder == "fusion":
+        fusion, fusion_made, fusion_weights = fusion_by_hand(config, tokens, channels)
+        channels = [config.fusion_dim] * levels
     adapter = 2 * d * sum(cells * width for cells, width in zip(tokens, channels, strict=True))
     selection = 2 * n * d**2 + 2 * n * d * logits + 2 * queries * d**2 + boxes
     key_values = 4 * n * d**2 * (1 if config.share_key_values else blocks)
@@ -89,15 +93,26 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
     reading += 2 * queries * n * (2 * d + features + value_features) + 4 * queries * heads * d
     thinking = 4 * widening * queries * d**2
     block = 6 * queries * d**2 + attending + reading + thinking + boxes + 2 * queries * d * logits
-    flops = adapter + selection + key_values + blocks * block
+    flops = fusion + adapter + selection + key_values + blocks * block
 
-    weights = blocks * heads * (queries**2 + queries * n)
+    weights = blocks * heads * (queries**2 + queries * n) + fusion_weights
     box_outputs = queries * (2 * d + 4)
-    made = n * d + n * (d + logits) + queries * d + box_outputs
+    made = fusion_made + n * d + n * (d + logits) + queries * d + box_outputs
     made += 2 * n * d * (1 if config.share_key_values else blocks)
     made += blocks * (10 * queries * d + places + (widening + 1) * queries * d)
     made += blocks * (queries * value_features + queries * d + box_outputs + queries * logits)
     return flops, made + weights, weights
+
+
+def fusion_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[int]) -> tuple[int, int, int]:
+    """FLOPs, activations but for the weights, and attention weights of the token encoder."""
+    f, widening, coarsest = config.fusion_dim, config.widening_factor, tokens[-1]
+    fused = 2 * sum(tokens) - tokens[0] - coarsest  # cells of the maps that are fused, some of them twice
+    flops = 2 * f * sum(cells * width for cells, width in zip(tokens, channels, strict=True))
+    flops += (8 + 4 * widening) * coarsest * f**2 + 4 * coarsest**2 * f
+    flops += fused * (4 + 2 * 18) * f**2 + 18 * f**2 * sum(tokens[1:])
+    made = f * (sum(tokens) + (6 + widening) * coarsest + 3 * fused + sum(tokens[1:]))
+    return flops, made, config.num_attention_heads * coarsest**2
 
 
 @pytest.mark.parametrize(
@@ -107,6 +122,7 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
         ("base", [512, 1024, 2048], True),
         ("large", [256, 512, 1024, 2048], False),
         ("small", [128, 256, 512], True),
+        ("nano", [48, 192, 96], True),
     ],
 )
 def test_counts_of_v2_are_those_made_by_hand(preset, channels, share_key_values):
@@ -126,7 +142,8 @@ def test_counts_of_v2_are_those_made_by_hand(preset, channels, share_key_values)
     ],
 )
 def test_cost_of_v2_is_affine_in_the_tokens(preset, overrides):
-    """From as many tokens on as there are object latents."""
+    """From as many tokens on as there are object latents; but for the attention of the fusion, which has a ceiling."""
+    overrides = {"token_encoder": "none", **overrides}
     config = deperceiver_v2_variant(preset, backbone="test_resnet", attn_implementation={"": "eager"}, **overrides)
     costs = [count_v2(config, 256, width) for width in (128, 224, 320)]
     assert config.num_queries < costs[0].tokens < costs[1].tokens < costs[2].tokens

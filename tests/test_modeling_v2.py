@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
 from conftest import tiny_v2_config, tiny_v2_model
 from deperceiver_hf import DePerceiverV2Config, DePerceiverV2ForObjectDetection, DePerceiverV2Model, create_model
 from deperceiver_hf.models.backbone_deperceiver import DePerceiverFrozenBatchNorm2d
-from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
+from deperceiver_hf.models.configuration_deperceiver_v2 import FIRST_EDITION, PRESETS
 from deperceiver_hf.models.layers_deperceiver_v2 import FIRST_RADIUS
 from test_modeling import equal_state, padding_below_and_right
 
 VARIANTS = {
     "default": {},
+    "first_edition": FIRST_EDITION,
     "stride4": {"feature_strides": [4, 8, 16]},
     "single": {"feature_strides": 16},
     "dilation": {"feature_strides": [8, 32], "dilation": True, "backbone": "resnet18"},
@@ -29,9 +30,9 @@ VARIANTS = {
     "one_block": {"decoder_layers": 1},
     "no_denoising": {"num_denoising_queries": 0},
     "focal": {"classification_loss": "focal"},
-    "varifocal": {"classification_loss": "varifocal"},
+    "mal": {"classification_loss": "mal"},
 }
-ARCHITECTURES = [name for name in VARIANTS if name not in ("focal", "varifocal")]
+ARCHITECTURES = [name for name in VARIANTS if name not in ("focal", "mal")]
 
 
 def trained_losses(model, images, labels, **inputs):

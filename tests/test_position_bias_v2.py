@@ -59,7 +59,7 @@ def gaussian_bias(bias: PositionBias, geometry: TokenGeometry) -> torch.Tensor:
     """The bias `(B, H, M, N)` written out, in float64."""
     distance = geometry.grid[:, None, None].double() - bias.centers[..., None, :].double()
     values = -(distance / bias.sigmas[..., None, :].double()).square().sum(-1) / 2
-    values = values + bias.levels.double()[..., geometry.levels]
+    values = values + bias.levels.double()[..., geometry.levels[0]]
     if geometry.mask is not None:
         values = values + torch.where(geometry.mask, 0.0, HIDDEN_TOKEN)[:, None, None]
     return values

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second architecture computes today what it computed when `tests/fixtures/numbers_v2.json` was written.
 
-Every preset with weights that follow from the parameters' names (see `golden`), on a small image and a padded smaller
-one that has fewer tokens than the model has queries: predictions, loss, each of its terms, and the norm of the
-gradient of each part, with denoising queries.
+Every size of the first edition, and the second edition in one, with weights that follow from the names of the
+parameters (see `golden`), on a small image and a padded smaller one that has fewer tokens than the model has queries:
+predictions, loss, each of its terms, and the norm of the gradient of each part, with denoising queries.
 
 Whoever changes the mathematics of the model on purpose writes the numbers anew:
 
@@ -18,13 +18,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from deperceiver_hf import DePerceiverV2Config, DePerceiverV2ForObjectDetection
-from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
+from deperceiver_hf.models.configuration_deperceiver_v2 import FIRST_EDITION
 from golden import FIXTURES, golden_weight
 
 NUMBERS_FILE = FIXTURES / "numbers_v2.json"
 FIELDS = {"num_labels": 5, "num_queries": 32, "num_denoising_queries": 30}
+SIZES = {size: FIRST_EDITION for size in ("nano", "small", "base", "large")} | {"small, second edition": {}}
 NUM_SAMPLES = 16
 # CPUs differ in the order in which their kernels add. Other kernels on one CPU (no oneDNN, eager attention) move
 # logits by up to 9e-6 of the largest, terms of the loss by 3e-6 and norms of gradients by 2e-5 of themselves.
@@ -33,9 +35,10 @@ OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 3e-5, 1e-4
 Numbers = dict[str, float | list[float] | dict[str, float]]
 
 
-def stored_model(preset: str, **overrides) -> DePerceiverV2ForObjectDetection:
-    """A model of a preset in training mode. No weight depends on the order in which the parameters are made."""
-    model = DePerceiverV2ForObjectDetection(DePerceiverV2Config.from_preset(preset, **{**FIELDS, **overrides}))
+def stored_model(size: str, **overrides) -> DePerceiverV2ForObjectDetection:
+    """A model of a size in training mode. No weight depends on the order in which the parameters are made."""
+    fields = {**FIELDS, **SIZES[size], **overrides}
+    model = DePerceiverV2ForObjectDetection(DePerceiverV2Config.from_preset(size.partition(",")[0], **fields))
     state = model.state_dict()
     model.load_state_dict({name: golden_weight(name, list(tensor.shape)) for name, tensor in state.items()})
     return model.train()
@@ -71,9 +74,9 @@ def summary(values: torch.Tensor) -> list[float]:
     return [values.mean().item(), values.square().mean().sqrt().item(), *samples.tolist()]
 
 
-def compute_numbers(preset: str) -> Numbers:
-    """What is stored of one training step of a preset."""
-    model = stored_model(preset)
+def compute_numbers(size: str) -> Numbers:
+    """What is stored of one training step of a size."""
+    model = stored_model(size)
     torch.manual_seed(0)  # of the noise of the denoising queries
     outputs = model(**stored_inputs())
     outputs.loss.backward()
@@ -94,10 +97,10 @@ def compute_numbers(preset: str) -> Numbers:
     }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_numbers_are_the_stored_ones(preset):
-    expected = json.loads(NUMBERS_FILE.read_text())[preset]
-    found = compute_numbers(preset)
+@pytest.mark.parametrize("size", SIZES)
+def test_numbers_are_the_stored_ones(size):
+    expected = json.loads(NUMBERS_FILE.read_text())[size]
+    found = compute_numbers(size)
     assert found.keys() == expected.keys()
     for name in ("logits", "boxes", "selection_logits"):
         slack = OUTPUT_TOLERANCE * max(map(abs, expected[name]))
@@ -107,15 +110,27 @@ def test_numbers_are_the_stored_ones(preset):
     assert found["gradient_norms"] == pytest.approx(expected["gradient_norms"], rel=GRADIENT_TOLERANCE)
 
 
+def test_a_saved_configuration_of_the_first_edition_means_what_it_meant(tmp_path):
+    """One that does not say what there was no choice of yet, and the same after it is saved again."""
+    (tmp_path / "config.json").write_bytes((FIXTURES / "config_v2_first_edition.json").read_bytes())
+    for source in (tmp_path, tmp_path / "again"):
+        config = AutoConfig.from_pretrained(source)
+        assert {name: getattr(config, name) for name in FIRST_EDITION} == FIRST_EDITION
+        config.save_pretrained(tmp_path / "again")
+    DePerceiverV2Config().save_pretrained(tmp_path / "second")
+    second = AutoConfig.from_pretrained(tmp_path / "second")
+    assert all(getattr(second, name) != value for name, value in FIRST_EDITION.items())
+
+
 def write_numbers(path: Path = NUMBERS_FILE) -> None:
-    """Store the numbers of every preset, with as many digits as float32 has."""
+    """Store the numbers of every size, with as many digits as float32 has."""
 
     def rounded(value):
         if isinstance(value, dict):
             return {name: rounded(entry) for name, entry in value.items()}
         return [rounded(entry) for entry in value] if isinstance(value, list) else float(f"{value:.9g}")
 
-    numbers = {preset: rounded(compute_numbers(preset)) for preset in PRESETS}
+    numbers = {size: rounded(compute_numbers(size)) for size in SIZES}
     path.write_text(json.dumps(numbers, indent=1) + "\n")
 
 

@@ -143,6 +143,16 @@ def test_only_frozen_features_are_kept():
         FeatureCache(torch.nn.Conv2d(3, 2, 1))
 
 
+@pytest.mark.parametrize("name", ["deperceiver", "deperceiver_v2"])
+def test_a_fixed_size_is_enough_to_choose_attention_and_positions(tmp_path, name):
+    learned = {"position_embedding": "learned"} if name == "deperceiver" else {}
+    options = {**TINY_ARCHITECTURES[name], **learned, "fixed_size": [32, 64 * 60], "attn_implementation": "auto"}
+    run = DetectionTrainer(tiny_options(tmp_path, options, shortest_edge=None, max_train_samples=2))
+    assert run.computation.attention in ("eager", "sdpa")
+    if learned:
+        assert run.model.config.num_position_embeddings >= 64 * 60 // 32
+
+
 def test_a_fixed_size_is_that_of_training_and_of_the_saved_processor(tmp_path):
     run = DetectionTrainer(tiny_options(tmp_path, V2, **FIXED, epochs=1))
     assert run.data.image_processor.size == {"height": 64, "width": 96}

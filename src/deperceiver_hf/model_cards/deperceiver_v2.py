@@ -21,6 +21,13 @@ LOSSES = {
     "mal": "matchability-aware loss, whose target is a power of the IoU of the matched box",
 }
 
+ENCODERS = {
+    "none": "none",
+    "fusion": "attention among the cells of the coarsest map, then convolutions from coarse to fine and back, "
+    "{config.fusion_dim} channels",
+}
+STEPS = {"relative": "by a part of its sides", "logit": "in logits"}
+
 TEMPLATE = """\
 ---
 {{ card_data }}
@@ -35,8 +42,11 @@ The most promising cells of the feature maps become latents, each with a box.
 They are learned, each with a box.
 {%- endif %} In every block the latents attend
 to each other, read the feature cells of all scales again and refine their boxes. What follows the backbone costs an
-amount linear in the number of feature cells; there is no attention among the cells, which in DETR's encoder costs
-their square.
+amount linear in the number of feature cells
+{%- if config.token_encoder == "fusion" %}; only among the cells of the coarsest map, and only up to
+a fixed number of them, is there attention, which in DETR's encoder is among all and costs their square.
+{%- else %}; there is no attention among the cells, which in DETR's encoder costs their square.
+{%- endif %}
 {% if not evaluations %}
 This card describes a configuration. No weights trained by it have been evaluated.
 {% endif %}
@@ -56,6 +66,9 @@ attention weights included; fused attention does not store the latter.
 {%- if not config.share_key_values %}
 Keys and values of the cells are computed in every block; `share_key_values=True` computes them once.
 {%- endif %}
+What a prediction costs can be chosen: `num_blocks` (the first blocks only)
+{%- if config.query_selection %}, `token_share` (the part of the cells nearest
+to what may be an object) and `num_queries`{% endif %}, when the model is loaded, called or evaluated.
 
 ## Use
 
@@ -145,7 +158,13 @@ IDEAS = (
     ("restoring noised objects in training", "Li et al. 2022", "DN-DETR", "2203.01305"),
     ("contrastive noise; choice of the best cells", "Zhang et al. 2022", "DINO", "2203.03605"),
     ("each head looks at a Gaussian near the box", "Gao et al. 2021", "SMCA", "2101.07448"),
-    ("the IoU as target of the classification", "Zhao et al. 2023", "RT-DETR", "2304.08069"),
+    ("maps of several strides fused from coarse to fine and back", "Liu et al. 2018", "PANet", "1803.01534"),
+    (
+        "attention among the coarsest cells; the IoU as target of the classification",
+        "Zhao et al. 2023",
+        "RT-DETR",
+        "2304.08069",
+    ),
     ("matchability-aware loss", "Huang et al. 2024", "DEIM", "2412.04234"),
 )
 
@@ -197,12 +216,13 @@ def _describe_architecture(config: DePerceiverV2Config) -> dict[str, str]:
     noise = f"about {config.num_denoising_queries} queries, in training only"
     return {
         "backbone": describe_backbone(config),
+        "token encoder": ENCODERS[config.token_encoder].format(config=config),
         "tokens": f"{config.d_model} channels, by a 1x1 convolution and a norm for each feature map",
         "object latents": f"{config.num_queries}, {origin}",
         "blocks": f"{config.decoder_layers}, of self-attention, reading of the tokens and MLP",
         "reading": f"{heads}{around}{told}; keys and values computed {keys}",
         "MLP": f"{config.widening_factor * config.d_model:,} hidden channels",
-        "boxes": "predicted by each block, relative to the box before",
+        "boxes": f"corrected by each block, {STEPS[config.box_steps]}",
         "classes": f"{config.num_labels}, by a sigmoid each",
         "loss": f"{LOSSES[config.classification_loss]}; L1 and generalised IoU; after every block",
         "denoising": noise if config.num_denoising_queries else "none",

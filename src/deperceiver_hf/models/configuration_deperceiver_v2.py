@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of DePerceiver v2, whose object queries are the latent array."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.utils import auto_docstring
 
@@ -11,9 +12,19 @@ from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {
         "backbone": "test_resnet",
+        "token_encoder": "none",
         "d_model": 96,
         "num_attention_heads": 4,
         "num_queries": 60,
+        "decoder_layers": 3,
+        "share_key_values": True,
+        "num_denoising_queries": 40,
+    },
+    "lite": {
+        "backbone": "tf_efficientnet_lite0",
+        "d_model": 128,
+        "num_attention_heads": 4,
+        "num_queries": 100,
         "decoder_layers": 3,
         "share_key_values": True,
         "num_denoising_queries": 40,
@@ -26,12 +37,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_layers": 3,
     },
     "base": {"backbone": "resnet50"},
-    "large": {"backbone": "resnet50", "feature_strides": [4, 8, 16, 32]},
+    "large": {"backbone": "resnet50", "feature_strides": [4, 8, 16, 32], "num_queries": 500},
 }
 """Sizes of the architecture, as fields that differ from the defaults of [`DePerceiverV2Config`]."""
 
+FIRST_EDITION = {"token_encoder": "none", "box_steps": "logit", "classification_loss": "mal"}
+"""What a saved configuration means that does not say these fields: it is from before there was a choice."""
+
 REMOVED_FIELDS = {"num_context_latents": 0, "box_refinement": True, "selection_matches": 1}
 """Fields of configurations saved by version 0.2.0 that exist no more, with the only value that can still be built."""
+
+
+class Dials(NamedTuple):
+    """What a forward pass spends: see the fields of the same names in [`DePerceiverV2Config`]."""
+
+    num_queries: int
+    num_blocks: int
+    token_share: float
 
 
 @auto_docstring(checkpoint="deperceiver-hf/deperceiver-v2-base")
@@ -59,6 +81,11 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         16 pixels per cell. timm backbones only.
     feature_strides (`int` or `list[int]`, *optional*, defaults to `[8, 16, 32]`):
         Strides of the feature maps whose cells are the tokens, any of 4, 8, 16 and 32, ascending.
+    token_encoder (`str`, *optional*, defaults to `"fusion"`):
+        What mixes the feature maps before they become tokens. `"fusion"`: attention among the cells of the coarsest
+        map, then convolutions from coarse to fine and back. `"none"`: nothing.
+    fusion_dim (`int`, *optional*, defaults to 128):
+        Width of the maps inside of `"fusion"`, a multiple of 4 and of `num_attention_heads`.
     d_model (`int`, *optional*, defaults to 256):
         Width of tokens and latents, a multiple of 4.
     num_attention_heads (`int`, *optional*, defaults to 8):
@@ -67,6 +94,14 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Number of object latents: the most objects that can be found in an image.
     decoder_layers (`int`, *optional*, defaults to 6):
         Number of blocks, each a self-attention among the latents, a reading of the tokens and an MLP.
+    num_blocks (`int`, *optional*):
+        Predict with the first so many blocks only, which costs less; each has heads of its own. By default all. In
+        training all are trained.
+    token_share (`float`, *optional*, defaults to 1.0):
+        Share of the tokens that the blocks read, in (0, 1]: in every level but the coarsest those that lie nearest to
+        what the selection takes for objects. In training see `min_token_share`.
+    min_token_share (`float`, *optional*, defaults to 1.0):
+        In training the share is drawn anew in every step, from here to 1.
     widening_factor (`int`, *optional*, defaults to 4):
         Hidden width of the MLP of a block, relative to `d_model`.
     dropout (`float`, *optional*, defaults to 0.0):
@@ -81,6 +116,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Tell each object latent where, relative to its box, each head has read.
     share_key_values (`bool`, *optional*, defaults to `False`):
         Compute keys and values of the tokens once for all blocks instead of once for each.
+    box_steps (`str`, *optional*, defaults to `"relative"`):
+        How a block corrects a box. `"relative"`: by a part of its sides. `"logit"`: in logits of its four numbers.
     num_denoising_queries (`int`, *optional*, defaults to 100):
         Denoising queries in training, about: as many pairs of a positive and a negative group of noised objects as
         this gives room for, at least one. 0 trains without.
@@ -89,7 +126,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     box_noise_scale (`float`, *optional*, defaults to 1.0):
         How far, in half sides of a box, the corners of negative denoising boxes are moved at most is twice this, of
         positive ones once.
-    classification_loss (`str`, *optional*, defaults to `"mal"`):
+    classification_loss (`str`, *optional*, defaults to `"varifocal"`):
         `"focal"`: focal loss. `"varifocal"`: the IoU of the matched box is the target (RT-DETR). `"mal"`:
         matchability-aware loss, the IoU to the power of `mal_gamma` is the target (DEIM).
     focal_alpha (`float`, *optional*, defaults to 0.25):
@@ -141,10 +178,15 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     }
 
     feature_strides: int | list[int] | tuple[int, ...] = (8, 16, 32)
+    token_encoder: Literal["none", "fusion"] = "fusion"
+    fusion_dim: int = 128
     d_model: int = 256
     num_attention_heads: int = 8
     num_queries: int = 300
     decoder_layers: int = 6
+    num_blocks: int | None = None
+    token_share: float | int = 1.0
+    min_token_share: float | int = 1.0
     widening_factor: int = 4
     dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -152,10 +194,11 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     position_bias: bool = True
     read_offsets: bool = True
     share_key_values: bool = False
+    box_steps: Literal["relative", "logit"] = "relative"
     num_denoising_queries: int = 100
     label_noise_ratio: float | int = 0.25
     box_noise_scale: float | int = 1.0
-    classification_loss: Literal["focal", "varifocal", "mal"] = "mal"
+    classification_loss: Literal["focal", "varifocal", "mal"] = "varifocal"
     focal_alpha: float | int = 0.25
     focal_gamma: float | int = 2.0
     mal_gamma: float | int = 1.5
@@ -178,12 +221,18 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "DePerceiverV2Config":
+        """As in every configuration; one that was saved by an earlier version means what it meant there."""
+        return super().from_dict({**FIRST_EDITION, **config_dict}, **kwargs)
+
+    @classmethod
     def from_preset(cls, name: str, **overrides) -> "DePerceiverV2Config":
         """Configuration of a named size.
 
         Args:
-            name: `"nano"` (trains on a CPU in minutes), `"small"` (ResNet-18), `"base"` (ResNet-50) or `"large"`
-                (ResNet-50, with tokens of stride 4 too).
+            name: `"nano"` (trains from nothing on a CPU in minutes), `"lite"` (EfficientNet-Lite0, for CPUs),
+                `"small"` (ResNet-18), `"base"` (ResNet-50) or `"large"` (ResNet-50, with tokens of stride 4 and 500
+                object latents).
             overrides: Other fields, or other values of the same ones.
 
         Raises:
@@ -209,15 +258,66 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
             *("class_cost", "bbox_cost", "giou_cost"),
             *("class_loss_coefficient", "bbox_loss_coefficient", "giou_loss_coefficient"),
         )
+        if self.num_blocks is not None:
+            self.require_at_least(1, "num_blocks")
+        self.dials()
+        self.dials(token_share=self.min_token_share)
+        if self.token_encoder == "fusion":
+            self._check_width("fusion_dim")
         self.require_dropouts("dropout", "attention_dropout")
         self.require_matching_costs()
         for name in ("label_noise_ratio", "focal_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], not {getattr(self, name)}.")
-        if self.d_model % 4 or self.d_model % self.num_attention_heads:
+        self._check_width("d_model")
+
+    def dials(
+        self,
+        num_queries: int | None = None,
+        num_blocks: int | None = None,
+        token_share: float | None = None,
+        *,
+        training: bool = False,
+    ) -> Dials:
+        """What a forward pass spends: what is asked for, or else what the configuration says.
+
+        In training that is all blocks, and a share of the tokens drawn from `min_token_share` to 1.
+
+        Raises:
+            ValueError: Not possible with this model; names the field, its value and what it may be.
+        """
+        if training:
+            blocks, share = self.decoder_layers, 1.0
+            if self.min_token_share < 1:
+                share = self.min_token_share + (1 - self.min_token_share) * torch.rand(()).item()
+        else:
+            blocks, share = self.num_blocks or self.decoder_layers, self.token_share
+        dials = Dials(
+            self.num_queries if num_queries is None else num_queries,
+            blocks if num_blocks is None else num_blocks,
+            share if token_share is None else token_share,
+        )
+        if not 1 <= dials.num_blocks <= self.decoder_layers:
             raise ValueError(
-                f"`d_model` ({self.d_model}) must be a multiple of 4, as positions take a sine and a cosine for each "
-                f"of two axes, and of `num_attention_heads` ({self.num_attention_heads})."
+                f"`num_blocks` must be from 1 to the number of blocks, {self.decoder_layers}, not {dials.num_blocks}."
+            )
+        if dials.num_queries < 1:
+            raise ValueError(f"`num_queries` must be at least 1, not {dials.num_queries}.")
+        if not 0 < dials.token_share <= 1:
+            raise ValueError(f"`token_share` must be more than 0 and at most 1, not {dials.token_share}.")
+        if not self.query_selection and (dials.num_queries != self.num_queries or dials.token_share < 1):
+            raise ValueError(
+                f"`num_queries` ({dials.num_queries}) and `token_share` ({dials.token_share}) cannot be chosen with "
+                f"`query_selection=False`: the {self.num_queries} object latents are learned, and no token is scored."
+            )
+        return dials
+
+    def _check_width(self, name: str) -> None:
+        width = getattr(self, name)
+        if width < 1 or width % 4 or width % self.num_attention_heads:
+            raise ValueError(
+                f"`{name}` ({width}) must be a multiple of 4, as positions take a sine and a cosine for each of two "
+                f"axes, and of `num_attention_heads` ({self.num_attention_heads})."
             )
 
 

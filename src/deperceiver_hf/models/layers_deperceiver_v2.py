@@ -127,8 +127,8 @@ def key_features(geometry: TokenGeometry, num_levels: int, dtype: torch.dtype) -
     hidden = torch.zeros_like(features[0])
     if geometry.mask is not None:
         hidden = hidden.masked_fill(~geometry.mask, HIDDEN_TOKEN)
-    levels = nn.functional.one_hot(geometry.levels, num_levels).to(dtype)  # (N, L)
-    return torch.cat((torch.stack([hidden, *features], dim=-1), levels.expand(*hidden.shape, -1)), dim=-1)
+    levels = nn.functional.one_hot(geometry.levels, num_levels).to(dtype)  # (B, N, L)
+    return torch.cat((torch.stack([hidden, *features], dim=-1), levels), dim=-1)
 
 
 class DePerceiverV2Float32Linear(nn.Linear):

@@ -37,13 +37,15 @@ from .layers_deperceiver_v2 import (
     place_tokens,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
+from .token_encoder_deperceiver_v2 import DePerceiverV2Fusion
 from .tokens_deperceiver_v2 import (
+    BOX_STEPS,
     PRIOR_LOGIT,
     DePerceiverV2InputAdapter,
     DePerceiverV2LearnedQueries,
     DePerceiverV2TokenSelector,
-    inverse_sigmoid,
     locate_tokens,
+    pool_tokens,
 )
 
 NO_OBJECT_LOGIT = -1e4  # of every class at a padding query (see `SelectedTokens`); within the range of float16
@@ -198,7 +200,11 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         super().__init__(config)
         config.check_architecture()
         self.backbone = DePerceiverBackbone(config)
-        self.input_adapter = DePerceiverV2InputAdapter(config, self.backbone.channels)
+        self.token_encoder = None
+        if config.token_encoder == "fusion":
+            self.token_encoder = DePerceiverV2Fusion(config, self.backbone.channels)
+        encoder = self.token_encoder or self.backbone
+        self.input_adapter = DePerceiverV2InputAdapter(config, encoder.channels)
         self.queries = (
             DePerceiverV2TokenSelector(config) if config.query_selection else DePerceiverV2LearnedQueries(config)
         )
@@ -211,6 +217,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
             DePerceiverV2Block(config, own_key_values=not config.share_key_values)
             for _ in range(config.decoder_layers)
         )
+        self.refine = BOX_STEPS[config.box_steps]
         self.norm = nn.LayerNorm(config.d_model)
         self.bbox_predictors = nn.ModuleList(
             DePerceiverBoxPredictor(config.d_model) for _ in range(config.decoder_layers)
@@ -229,11 +236,20 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_mask: torch.Tensor | None = None,
         denoising: DenoisingQueries | None = None,
+        num_queries: int | None = None,
+        num_blocks: int | None = None,
+        token_share: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor] | DePerceiverV2ModelOutput:
         r"""
         denoising (`DenoisingQueries`, *optional*):
             Noised objects to restore beside the object latents, which do not see them. Training only.
+        num_queries (`int`, *optional*):
+            Object latents, instead of the configuration's; not where they are learned.
+        num_blocks (`int`, *optional*):
+            How many of the blocks work, instead of the configuration's `num_blocks`.
+        token_share (`float`, *optional*):
+            Share of the tokens that are read, instead of the configuration's.
 
         Example:
 
@@ -246,19 +262,25 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         [1, 60, 96]
         ```"""
         require_images(pixel_values, pixel_mask, self.config.num_channels)
+        dials = self.config.dials(num_queries, num_blocks, token_share, training=self.training)
         feature_maps = self.backbone(pixel_values, pixel_mask)
+        if self.token_encoder is not None:
+            feature_maps = self.token_encoder(feature_maps, **kwargs)
         geometry = locate_tokens(feature_maps, self.backbone.strides, pixel_values.shape[-2:], pixel_mask)
         tokens, token_positions = self.input_adapter(feature_maps, geometry)
+        selected = self.queries(tokens, geometry, dials.num_queries)
+        if dials.token_share < 1:
+            pooled = pool_tokens(tokens, token_positions, geometry, selected.scores, dials.token_share)
+            tokens, token_positions, geometry = pooled
         places = place_tokens(tokens, geometry, self.config)
-        selected = self.queries(tokens, geometry)
         denoised = None if denoising is None else self.denoising_classes(denoising.class_labels)
         array = LatentArray.join(selected, denoising, denoised)
         key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, places)
 
         latents, boxes, self_attention_mask = array.content, array.boxes, array.self_attention_mask()
         hidden_states, pred_boxes = [], []
-        for layer, bbox_predictor in zip(self.layers, self.bbox_predictors, strict=True):
-            latents = layer(
+        for block in range(dials.num_blocks):
+            latents = self.layers[block](
                 latents,
                 self.box_position(boxes, latents.dtype),
                 boxes,
@@ -271,7 +293,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
                 **kwargs,
             )
             states = self.norm(latents)
-            refined = (bbox_predictor(states).float() + inverse_sigmoid(boxes)).sigmoid()
+            refined = self.refine(boxes, self.bbox_predictors[block](states).float())
             hidden_states.append(states)
             pred_boxes.append(refined)
             boxes = refined.detach()
@@ -319,6 +341,8 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
         labels (`list[dict[str, torch.Tensor]]`, *optional*):
             Objects of every image: `class_labels` `(num_objects,)` in [0, num_labels), and `boxes`
             `(num_objects, 4)` as (center x, center y, width, height) in [0, 1] of the un-padded image.
+        kwargs:
+            Those of [`DePerceiverV2Model`], `num_queries`, `num_blocks` and `token_share` among them.
 
         Example:
 
@@ -381,8 +405,8 @@ class DePerceiverV2ForObjectDetection(DePerceiverV2PreTrainedModel):
     def _classify(self, hidden_states: torch.Tensor, is_query: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `(L, B, Q, C)` of the states `(B, L, Q, D)` of every block."""
         logits = [
-            classifier(states)
-            for classifier, states in zip(self.class_labels_classifiers, hidden_states.unbind(1), strict=True)
+            self.class_labels_classifiers[block](states)
+            for block, states in enumerate(hidden_states.unbind(1))  # fewer than there are, if `num_blocks` says so
         ]
         return _silence_padding(torch.stack(logits), is_query)
 

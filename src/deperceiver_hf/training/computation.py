@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run computes where its options leave it to the machine: chosen at its start, and kept when it is resumed."""
 
+import math
 import os
 import statistics
 from dataclasses import asdict, dataclass
@@ -116,8 +117,7 @@ class ThreadWatch:
 def attention_shape(options: TrainingOptions, config: PreTrainedConfig) -> AttentionShape:
     """The attention in which a model spends most: its latents or queries read the tokens of a batch of images."""
     heads = getattr(config, "num_attention_heads", None) or 8
-    size = options.image_size()
-    pixels = size["shortest_edge"] * size["longest_edge"]
+    pixels = math.prod(options.image_size().values())
     channels = max(8, config.d_model // heads)
     strides = getattr(config, "feature_strides", None) or STRIDES
     strides = [strides] if isinstance(strides, int) else strides

@@ -36,7 +36,7 @@ class DePerceiverArchitecture(Architecture):
         }
         if options.position_embedding == "learned":
             finest = 8 if options.multiscale else options.downsample_factor or 32
-            cells = math.ceil(options.image_size()["longest_edge"] / finest)
+            cells = math.ceil(max(options.image_size().values()) / finest)
             fields["num_position_embeddings"] = max(50, cells)
         if options.no_pretrained_backbone:
             fields |= LEARNING_BACKBONE
