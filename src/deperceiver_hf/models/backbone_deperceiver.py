@@ -136,7 +136,22 @@ class HiddenPadding(TorchFunctionMode):
         return result
 
 
-class DePerceiverBackbone(nn.Module):
+class FrozenInPart(nn.Module):
+    """Part of a model of which the configuration says how much is trained."""
+
+    def freeze(self, config: DePerceiverBackboneConfig) -> None:
+        """Exclude from training what `config` says; called again after weights were loaded."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "FrozenInPart":
+        """Training mode but for what is frozen."""
+        super().train(mode)
+        if mode:
+            keep_frozen_parts(self)
+        return self
+
+
+class DePerceiverBackbone(FrozenInPart):
     """Feature maps of a convolutional backbone.
 
     Raises:
@@ -163,13 +178,6 @@ class DePerceiverBackbone(nn.Module):
             frozen = (stage or 0) <= config.frozen_backbone_stages and (stage is not None or not seen_stages)
             if frozen or config.freeze_backbone:
                 parameter.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "DePerceiverBackbone":
-        """Training mode but for what is frozen."""
-        super().train(mode)
-        if mode:
-            keep_frozen_parts(self.model)
-        return self
 
     def forward(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
@@ -215,7 +223,7 @@ def initialize_frozen_parts(model: nn.Module) -> None:
     """Initialise the frozen norms of a new model, which the backbone's own initialisation does not know, and freeze
     its backbone again: loading puts new parameters in the place of those that were frozen."""
     for module in model.modules():
-        if isinstance(module, DePerceiverBackbone):
+        if isinstance(module, FrozenInPart):
             module.freeze(model.config)
         if isinstance(module, DePerceiverFrozenBatchNorm2d):
             init.ones_(module.weight)

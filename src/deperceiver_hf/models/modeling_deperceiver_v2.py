@@ -29,6 +29,7 @@ from .attention_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
 from .backbone_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .denoising_deperceiver_v2 import DenoisingQueries, LatentArray, make_denoising_queries
+from .detector_features_deperceiver_v2 import DePerceiverV2DetectorFeatures
 from .layers_deperceiver_v2 import (
     DePerceiverV2Block,
     DePerceiverV2BoxPosition,
@@ -152,6 +153,7 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = [  # noqa: RUF012
         "DePerceiverBackbone",
+        "DePerceiverV2DetectorFeatures",
         "DePerceiverV2InputAdapter",
         "DePerceiverV2TokenSelector",
         "DePerceiverV2Block",
@@ -197,7 +199,8 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
     def __init__(self, config: DePerceiverV2Config):
         super().__init__(config)
         config.check_architecture()
-        self.backbone = DePerceiverBackbone(config)
+        from_detector = config.token_encoder == "detector"
+        self.backbone = DePerceiverV2DetectorFeatures(config) if from_detector else DePerceiverBackbone(config)
         self.input_adapter = DePerceiverV2InputAdapter(config, self.backbone.channels)
         self.queries = (
             DePerceiverV2TokenSelector(config) if config.query_selection else DePerceiverV2LearnedQueries(config)
