@@ -234,7 +234,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         config = copy.deepcopy(config)
         config.num_labels = 1  # of heads that are not built
         for part in (config, config.backbone_config):
-            part.dtype = None  # of the file that it was read from
+            part.dtype, part._name_or_path = None, ""  # of the file that it was read from
         fields = {"token_encoder": "detector", "feature_strides": strides, **LEFT_TO_THE_DETECTOR, **overrides}
         return cls.from_preset(preset, backbone_config=config, **fields)
 

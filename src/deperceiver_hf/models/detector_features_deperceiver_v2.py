@@ -77,11 +77,12 @@ class DePerceiverV2DetectorFeatures(FrozenInPart):
 
     def __init__(self, config: DePerceiverBackboneConfig):
         super().__init__()
-        self.config: Any = config.backbone_config
-        self.family = detector_family(self.config)
+        source: Any = config.backbone_config
+        self.config = source
+        self.family = detector_family(source)
         self.strides = config.strides
-        self.channels = [self.config.d_model] * len(self.strides)
-        detector = MODEL_MAPPING[type(self.config)](self.config)
+        self.channels = [source.d_model] * len(self.strides)
+        detector = MODEL_MAPPING[type(source)](source)
         for name in self.family.parts:
             setattr(self, name, getattr(detector, name))
         self._always_frozen = {
