@@ -226,6 +226,9 @@ def detector_preprocessing(source: str | PathLike) -> dict[str, Any]:
     """How images are to be prepared for the features of a detector, as it does it itself: arguments for an image
     processor, see [`create_model`].
 
+    One thing is done otherwise: the image processor of RF-DETR resizes without antialiasing in later versions of
+    transformers, those of this package always with it.
+
     Args:
         source: Directory or Hub id of the detector.
 

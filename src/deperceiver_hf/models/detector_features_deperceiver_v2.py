@@ -79,6 +79,7 @@ class DePerceiverV2DetectorFeatures(FrozenInPart):
         super().__init__()
         source: Any = config.backbone_config
         self.config = source
+        source.backbone_config._attn_implementation = None  # not every backbone has what is asked of the whole model
         self.family = detector_family(source)
         self.strides = config.strides
         self.channels = [source.d_model] * len(self.strides)
