@@ -183,15 +183,17 @@ def make_deperceiver_v2_card(
     height, width = IMAGE_SIZE
     if config.token_encoder == "detector":
         height = width = _side_of_detector(config)
+    from_detector = config.token_encoder == "detector"
+    origin = {"name": "DETECTOR", "license": "unknown"} | (config.start_from or {})
     preset = _preset_of(config)
     on_coco = preset is not None or set(COCO_CATEGORIES.values()) <= set(config.id2label.values())
     tags = ["deperceiver", "deperceiver-v2", "perceiver-io", "detr"]
     return ModelCard.from_template(
-        card_metadata(name, tags, evaluations, on_coco=on_coco, start_from=config.start_from),
+        card_metadata(name, tags, evaluations, on_coco=on_coco, start_from=origin if from_detector else None),
         template_str=TEMPLATE,
         name=name,
         config=config,
-        origin={"name": "path/to/detector", "license": "unknown"} | (config.start_from or {}),
+        origin=origin,
         architecture_rows=_rows(_describe_architecture(config).items()),
         image_height=height,
         image_width=width,

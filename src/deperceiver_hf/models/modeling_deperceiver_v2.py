@@ -162,15 +162,16 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """As in every model, but that the encoder of another detector keeps its own: transformers asks all parts of it
         for the same, which backbones without attention refuse."""
         if self.config.token_encoder != "detector":
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
             return
+        of_latents: Any = attn_implementation
         if isinstance(attn_implementation, dict):
-            attn_implementation = attn_implementation.get("", self.config._attn_implementation)
-        self.config._attn_implementation_internal = self.get_correct_attn_implementation(attn_implementation)
+            of_latents = attn_implementation.get("", self.config._attn_implementation)
+        self.config._attn_implementation_internal = self.get_correct_attn_implementation(of_latents)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
