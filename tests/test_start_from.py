@@ -498,6 +498,14 @@ def test_frozen_features_are_not_trained(saved, tmp_path):
     assert_equal_weights(before, {name: after[name] for name in before})
 
 
+def test_frozen_features_can_be_kept_and_sizes_be_fixed(saved, tmp_path):
+    fixed = {"fixed_size": [96, 64], "augmentation": "none", "lr_backbone": 0.0, "cache_features": True}
+    run = DetectionTrainer(options_for(tmp_path, saved("rt_detr"), **fixed))
+    run.train()
+    _, processor = load_detector(str(tmp_path / "last"))
+    assert (processor.size.height, processor.size.width) == (96, 64)
+
+
 def test_the_image_processor_is_the_detector_s_but_for_a_size_that_is_given(saved, tmp_path):
     own = build_image_processor(options_for(tmp_path, saved("rf_detr")))
     assert {side: value for side, value in dict(own.size).items() if value} == {"height": 56, "width": 56}

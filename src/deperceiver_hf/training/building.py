@@ -85,7 +85,7 @@ def build_image_processor(options: TrainingOptions) -> Any:
         if options.model is None
         else load_image_processor(source)
     )
-    if options.shortest_edge is None and options.longest_edge is None:
+    if options.shortest_edge is None and options.longest_edge is None and options.fixed_size is None:
         return processor
     size = {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
     before = _described(processor.size) if getattr(processor, "do_resize", True) else "as large as they are"
@@ -95,10 +95,10 @@ def build_image_processor(options: TrainingOptions) -> Any:
         processor.do_resize = True
     processor.size = type(processor.size)(**options.image_size(DEFAULT_IMAGE_SIZE | size))
     pad_size = getattr(processor, "pad_size", None)
-    if pad_size and min(pad_size["height"], pad_size["width"]) < processor.size["longest_edge"]:
+    if pad_size and min(pad_size["height"], pad_size["width"]) < max(filter(None, dict(processor.size).values())):
         raise UserError(
             f"images of {_described(processor.size)} do not fit into the {_described(pad_size)} to which the image "
-            f"processor of {source} pads them; give a smaller --longest_edge, or change its pad_size."
+            f"processor of {source} pads them; give a smaller size, or change its pad_size."
         )
     return processor
 
