@@ -46,7 +46,7 @@ def written(path: Path, text: str) -> str:
 def test_recipes_are_those_promised():
     assert set(recipe_names()) == {
         *("coco-v2-base", "coco-v2-large", "coco-deperceiver"),
-        *("own-data-gpu", "own-data-cpu", "blood-cells", "demo"),
+        *("own-data-gpu", "own-data-cpu", "own-data-from-coco", "blood-cells", "demo"),
     }
 
 

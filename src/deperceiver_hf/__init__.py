@@ -15,7 +15,7 @@ from types import ModuleType
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForObjectDetection
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .backbone_weights import backbone_preprocessing, create_model
+from .backbone_weights import backbone_preprocessing, create_model, detector_preprocessing
 from .conversion.original_checkpoint import load_original
 from .models.configuration_deperceiver import DePerceiverConfig
 from .models.configuration_deperceiver_v2 import DePerceiverV2Config
@@ -115,5 +115,6 @@ __all__ = [
     "DePerceiverV2PreTrainedModel",
     "backbone_preprocessing",
     "create_model",
+    "detector_preprocessing",
     "load_original",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New models whose backbone starts from pretrained weights.
+"""New models whose backbone, or whose backbone and encoder, start from pretrained weights.
 
 `from_pretrained` never needs this: a saved model holds its backbone. It is for the start of a training, where
 transformers itself would leave the backbone random.
@@ -17,8 +17,13 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 from transformers.utils import logging
 
+from .data.records import is_main_process
 from .errors import UserError
 from .models.configuration_backbone_deperceiver import DePerceiverBackboneConfig
+from .models.configuration_deperceiver_v2 import DePerceiverV2Config
+from .models.detector_features_deperceiver_v2 import detector_family
+from .output_files import expand_home
+from .saved_models import license_of, load_config, load_image_processor, load_model
 
 logger = logging.get_logger(__name__)
 
@@ -30,6 +35,12 @@ IMAGENET_PREPROCESSING = {
     "resample": PILImageResampling.BILINEAR,
 }
 """What the image processors do by themselves, and the original did."""
+
+PREPARATION_FIELDS = (
+    *("do_resize", "size", "resample", "pad_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
+"""Of an image processor: what becomes of an image."""
 
 _FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # By timm's names; its others, such as "random", are taken for bilinear.
@@ -43,23 +54,51 @@ def default_weights(backbone: str) -> str:
 
 
 def create_model(
-    config: DePerceiverBackboneConfig, pretrained_backbone: str | PathLike | None = DEFAULT_PRETRAINED_BACKBONE
+    config: DePerceiverBackboneConfig | None = None,
+    pretrained_backbone: str | PathLike | None = DEFAULT_PRETRAINED_BACKBONE,
+    *,
+    start_from: str | PathLike | None = None,
+    **fields: Any,
 ) -> PreTrainedModel:
     """Make a new model, with pretrained weights in its backbone and everything else initialised at random.
 
     Args:
-        config ([`DePerceiverConfig`] or [`DePerceiverV2Config`]): Architecture and labels; decides the model's class.
+        config ([`DePerceiverConfig`] or [`DePerceiverV2Config`], *optional*): Architecture and labels; decides the
+            model's class. May be left out with `start_from`.
         pretrained_backbone (`str` or `PathLike`, *optional*): For a timm backbone, the name of a timm model with
             weights of the same architecture (such as `"resnet50.tv_in1k"`), or a file with its state dict
             (`.safetensors`, `.pth`, `.bin`). For another backbone, a Hub id or directory that
             `AutoBackbone.from_pretrained` takes. `None` leaves the backbone random.
+        start_from (`str` or `PathLike`, *optional*): A detector of transformers, as a directory or Hub id, whose
+            backbone and encoder a DePerceiver v2 takes over, with their weights: an RT-DETR, RT-DETRv2, D-FINE,
+            DEIMv2, LW-DETR, RF-DETR, Deformable DETR or DETR. Its classes are not taken over.
+        fields: Without a `config`, of [`~DePerceiverV2Config.from_detector`]: `num_labels` or `id2label`, `preset` ...
 
-    Images must be prepared as the weights expect it: see [`backbone_preprocessing`].
+    Images must be prepared as the weights expect it: see [`backbone_preprocessing`] and [`detector_preprocessing`].
+
+    ```python
+    source = "PekingU/rtdetr_v2_r18vd"
+    model = create_model(start_from=source, preset="small", id2label={0: "cell"}, label2id={"cell": 0})
+    image_processor = DePerceiverV2ImageProcessor(**detector_preprocessing(source))
+    ```
 
     Raises:
         OSError: The weights cannot be downloaded or read.
-        ValueError: The weights are of another architecture, or not finite.
+        ValueError: The weights are of another architecture, or not finite, or the detector is of another kind.
     """
+    if config is None:
+        if start_from is None:
+            raise UserError("give the `config` of a new model, or `start_from`, a detector that it takes after.")
+        config = config_from_detector(start_from, **fields)
+    elif fields:
+        raise UserError(f"`config` is given, so that {', '.join(fields)} have no place: set them in it.")
+    if start_from is not None:
+        if getattr(config, "token_encoder", None) != "detector":
+            raise UserError(
+                "`start_from` brings a backbone and an encoder, but `config` has others: leave it out, or make it by "
+                "`DePerceiverV2Config.from_detector`."
+            )
+        pretrained_backbone = start_from
     model = MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)](config)
     if pretrained_backbone is None:
         if config.freeze_batch_norm and not config.freeze_backbone:
@@ -68,8 +107,66 @@ def create_model(
                 "`freeze_batch_norm=False` and `frozen_backbone_stages=-1`."
             )
         return model
-    load_backbone_weights(model.model.backbone.model, pretrained_backbone)
+    if getattr(config, "token_encoder", None) == "detector":
+        load_detector_features(model, pretrained_backbone)
+    else:
+        load_backbone_weights(model.model.backbone.model, pretrained_backbone)
     return model
+
+
+def config_from_detector(source: str | PathLike, **fields: Any) -> DePerceiverV2Config:
+    """Configuration of a new DePerceiver v2 on the backbone and encoder of a saved detector.
+
+    Args:
+        source: Directory or Hub id of the detector.
+        fields: Of [`~DePerceiverV2Config.from_detector`].
+
+    Raises:
+        OSError: It cannot be downloaded or read.
+        ValueError: It is no detector, or of a kind that is not known, or the fields describe no possible model.
+    """
+    source = str(source)
+    config = load_config(source)
+    try:
+        detector_family(config)
+    except ValueError as error:
+        raise UserError(f"{source} is no start for a new model: {error}") from error
+    directory = Path(expand_home(source))
+    name = directory.resolve().name if directory.is_dir() else source
+    fields.setdefault("start_from", {"name": name, "license": license_of(source)})
+    return DePerceiverV2Config.from_detector(config, **fields)
+
+
+def load_detector_features(model: PreTrainedModel, source: str | PathLike) -> None:
+    """Fill backbone and encoder of a new DePerceiver v2 with those of the detector that they are of, in place.
+
+    Raises:
+        OSError: The detector cannot be downloaded or read.
+        ValueError: It is another one than the model's configuration says, or its weights are damaged.
+    """
+    if source == DEFAULT_PRETRAINED_BACKBONE:
+        raise UserError(
+            f"the features are those of a {model.config.backbone_config.model_type}: say by `start_from` where its "
+            f"weights are, or leave them random by `pretrained_backbone=None`."
+        )
+    source, features = str(source), model.model.backbone
+    detector = load_model(source, load_config(source), dtype=torch.float32)
+    weights, expected = detector.model.state_dict(), features.state_dict()
+    problems = sorted(
+        name for name, tensor in expected.items() if name not in weights or weights[name].shape != tensor.shape
+    )
+    if problems or detector.config.model_type != features.config.model_type:
+        raise UserError(
+            f"{source}, a {detector.config.model_type}, is not the {features.config.model_type} of the configuration: "
+            f"{len(problems)} of {len(expected)} tensors are missing there or have another shape, such as "
+            f"{problems[:3]}. Make the configuration of this detector's."
+        )
+    features.load_state_dict({name: weights[name] for name in expected})
+    if is_main_process():
+        stated = (model.config.start_from or {}).get("license", "unknown")
+        logger.info(
+            f"Backbone and encoder start from {source}, a {features.config.model_type}; its licence: {stated}."
+        )
 
 
 def backbone_preprocessing(
@@ -123,6 +220,27 @@ def backbone_preprocessing(
             f"they are for, or a model that an image processor is saved with."
         )
     return IMAGENET_PREPROCESSING | {name: saved[name] for name in IMAGENET_PREPROCESSING if name in saved}
+
+
+def detector_preprocessing(source: str | PathLike) -> dict[str, Any]:
+    """How images are to be prepared for the features of a detector, as it does it itself: arguments for an image
+    processor, see [`create_model`].
+
+    One thing is done otherwise: the image processor of RF-DETR resizes without antialiasing in later versions of
+    transformers, those of this package always with it.
+
+    Args:
+        source: Directory or Hub id of the detector.
+
+    Raises:
+        OSError: Its image processor cannot be downloaded or read.
+        ValueError: It is none that prepares images for a detector.
+    """
+    processor = load_image_processor(str(source))
+    fields = {name: getattr(processor, name, None) for name in PREPARATION_FIELDS}
+    for name in ("size", "pad_size"):
+        fields[name] = {side: value for side, value in dict(fields[name] or {}).items() if value} or None
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> None:
@@ -247,7 +365,9 @@ __all__ = [
     "DEFAULT_PRETRAINED_BACKBONE",
     "IMAGENET_PREPROCESSING",
     "backbone_preprocessing",
+    "config_from_detector",
     "create_model",
     "default_weights",
+    "detector_preprocessing",
     "load_backbone_weights",
 ]

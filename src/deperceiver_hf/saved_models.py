@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import ModelOutput, logging
+from yaml import YAMLError
 
 from .data.classes import repair_labels, require_class_names
 from .data.records import is_main_process
@@ -151,6 +153,19 @@ def load_model(
         _require_all_weights(model, report, source, saved_queries)
         _require_plausible_weights(model, source)
     return model
+
+
+def license_of(source: str) -> str:
+    """The licence that the card of a saved detector states; `"unknown"` if there is no card, or none in it."""
+    path = Path(expand_home(source))
+    try:
+        card = ModelCard.load(path / "README.md" if path.is_dir() else source, ignore_metadata_errors=True)
+    except (OSError, ValueError, YAMLError):
+        return "unknown"
+    stated = card.data.license
+    if stated == "other":
+        stated = card.data.license_name or stated
+    return str(stated or "unknown")
 
 
 def require_model_source(source: str) -> str:

@@ -2,6 +2,7 @@
 """The card of a DePerceiver v2."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..benchmarks.cost import Cost, count_cost
 from ..benchmarks.variants import deperceiver_v2_variant, make_detr
 from ..data.coco_categories import COCO_CATEGORIES
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
+from ..models.detector_features_deperceiver_v2 import detector_family
 from ..models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
 from .evaluations import Evaluation, card_metadata
 from .tables import IMAGE_SIZE, cost_table, describe_backbone, plural
@@ -23,6 +25,7 @@ LOSSES = {
 
 ENCODERS = {
     "none": "none",
+    "detector": "that of the detector",
     "fusion": "attention among the cells of the coarsest map, then convolutions from coarse to fine and back, "
     "{config.fusion_dim} channels",
 }
@@ -100,6 +103,9 @@ learning rate for the backbone, a warm-up, a constant rate and a linear fall at 
 {% endif -%}
 The backbone starts from ImageNet weights; its stem, its first stage and all batch normalisation stay as they are.
 Other fields of the configuration are set by `--config FIELD=VALUE`.
+{%- elif config.token_encoder == "detector" -%}
+Start from the same detector: `deperceiver train --start_from {{ origin.name }} ...`. Its own configuration decides
+what of it is frozen. Other fields of the configuration are set by `--config FIELD=VALUE`.
 {%- else -%}
 Start from the nearest preset and set what differs: `scripts/train.py --architecture deperceiver_v2 --preset base
 --config FIELD=VALUE ...`
@@ -129,7 +135,15 @@ Nothing has been measured with weights of this configuration.
 
 ## Licence
 
+{% if config.token_encoder == "detector" %}The code is under {% endif -%}
 Apache-2.0. The images of COCO have licences of their own.
+{%- if config.token_encoder == "detector" %} Backbone and encoder started from the weights of `{{ origin.name }}`,
+{% if origin.license == "unknown" -%}
+whose card states no licence.
+{%- else -%}
+whose licence is {{ origin.license }}.
+{%- endif %}
+{%- endif %}
 
 ## Citation
 
@@ -148,6 +162,8 @@ What it is made of, and whose idea that was:
 }
 ```
 """
+
+DETECTOR_SIDE = 640  # of most detectors on the Hub
 
 # Idea, authors and year, title, number on arXiv.
 IDEAS = (
@@ -185,14 +201,19 @@ def make_deperceiver_v2_card(
         model_path: What the example of use loads.
     """
     height, width = IMAGE_SIZE
+    if config.token_encoder == "detector":
+        height = width = _side_of_detector(config)
+    from_detector = config.token_encoder == "detector"
+    origin = {"name": "DETECTOR", "license": "unknown"} | (config.start_from or {})
     preset = _preset_of(config)
     on_coco = preset is not None or set(COCO_CATEGORIES.values()) <= set(config.id2label.values())
     tags = ["deperceiver", "deperceiver-v2", "perceiver-io", "detr"]
     return ModelCard.from_template(
-        card_metadata(name, tags, evaluations, on_coco=on_coco),
+        card_metadata(name, tags, evaluations, on_coco=on_coco, start_from=origin if from_detector else None),
         template_str=TEMPLATE,
         name=name,
         config=config,
+        origin=origin,
         architecture_rows=_rows(_describe_architecture(config).items()),
         image_height=height,
         image_width=width,
@@ -215,7 +236,8 @@ def _describe_architecture(config: DePerceiverV2Config) -> dict[str, str]:
     keys = "once for all blocks" if config.share_key_values else "by each block"
     noise = f"about {config.num_denoising_queries} queries, in training only"
     return {
-        "backbone": describe_backbone(config),
+        "backbone": ("backbone and encoder of a " if config.token_encoder == "detector" else "")
+        + describe_backbone(config),
         "token encoder": ENCODERS[config.token_encoder].format(config=config),
         "tokens": f"{config.d_model} channels, by a 1x1 convolution and a norm for each feature map",
         "object latents": f"{config.num_queries}, {origin}",
@@ -251,6 +273,13 @@ def _comparable_costs(config: DePerceiverV2Config, height: int, width: int) -> M
         width,
     )
     return costs
+
+
+def _side_of_detector(config: DePerceiverV2Config) -> int:
+    """Side of the images that costs are counted for, about 640 pixels."""
+    source: Any = config.backbone_config
+    multiple = detector_family(source).side_multiple(source)
+    return math.ceil(DETECTOR_SIDE / multiple) * multiple
 
 
 def _preset_of(config: DePerceiverV2Config) -> str | None:

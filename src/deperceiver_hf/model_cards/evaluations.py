@@ -2,7 +2,7 @@
 """What a model card shows of an evaluation, in its text and in its metadata."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,13 @@ def read_evaluation(path: str | os.PathLike) -> Evaluation:
     return Evaluation(metrics, _dataset_name(report.dataset), report.split, report.num_images, report.date)
 
 
-def card_metadata(name: str, tags: Sequence[str], evaluations: Sequence[Evaluation], on_coco: bool) -> ModelCardData:
+def card_metadata(
+    name: str,
+    tags: Sequence[str],
+    evaluations: Sequence[Evaluation],
+    on_coco: bool,
+    start_from: Mapping[str, str] | None = None,
+) -> ModelCardData:
     """Metadata of a card.
 
     Args:
@@ -75,7 +81,12 @@ def card_metadata(name: str, tags: Sequence[str], evaluations: Sequence[Evaluati
         tags: Besides those of all detectors.
         evaluations: What was measured. Without any there is no `model-index`.
         on_coco: The model is trained on COCO.
+        start_from: `name` and `license` of the detector that the weights started from, if there was one: its licence
+            is the model's.
     """
+    license: str | None = "apache-2.0"
+    if start_from is not None:
+        license = None if start_from["license"] == "unknown" else start_from["license"]
     results = [
         EvalResult(
             task_type="object-detection",
@@ -90,7 +101,8 @@ def card_metadata(name: str, tags: Sequence[str], evaluations: Sequence[Evaluati
         for key, value in evaluation.metrics.items()
     ]
     return ModelCardData(
-        license="apache-2.0",
+        license=license,
+        base_model=start_from["name"] if start_from is not None and "/" in start_from["name"] else None,
         library_name="transformers",
         pipeline_tag="object-detection",
         tags=["object-detection", "vision", *tags],

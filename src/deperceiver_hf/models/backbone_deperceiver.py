@@ -16,6 +16,9 @@ from transformers import initialization as init
 
 from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
 
+FeatureMaps = list[tuple[torch.Tensor, torch.Tensor | None]]
+"""Per level the features `(B, C, h, w)` and the boolean mask `(B, h, w)` of their real cells, `None` if all are."""
+
 
 def require_images(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, num_channels: int) -> None:
     """Refuse images that are not `(B, num_channels, H, W)`, or a mask that is not `(B, H, W)`, with a `ValueError`."""
@@ -136,7 +139,22 @@ class HiddenPadding(TorchFunctionMode):
         return result
 
 
-class DePerceiverBackbone(nn.Module):
+class FrozenInPart(nn.Module):
+    """Part of a model of which the configuration says how much is trained."""
+
+    def freeze(self, config: DePerceiverBackboneConfig) -> None:
+        """Exclude from training what `config` says; called again after weights were loaded."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "FrozenInPart":
+        """Training mode but for what is frozen."""
+        super().train(mode)
+        if mode:
+            keep_frozen_parts(self)
+        return self
+
+
+class DePerceiverBackbone(FrozenInPart):
     """Feature maps of a convolutional backbone.
 
     Raises:
@@ -164,16 +182,7 @@ class DePerceiverBackbone(nn.Module):
             if frozen or config.freeze_backbone:
                 parameter.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "DePerceiverBackbone":
-        """Training mode but for what is frozen."""
-        super().train(mode)
-        if mode:
-            keep_frozen_parts(self.model)
-        return self
-
-    def forward(
-        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> FeatureMaps:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`): Images.
@@ -215,7 +224,7 @@ def initialize_frozen_parts(model: nn.Module) -> None:
     """Initialise the frozen norms of a new model, which the backbone's own initialisation does not know, and freeze
     its backbone again: loading puts new parameters in the place of those that were frozen."""
     for module in model.modules():
-        if isinstance(module, DePerceiverBackbone):
+        if isinstance(module, FrozenInPart):
             module.freeze(model.config)
         if isinstance(module, DePerceiverFrozenBatchNorm2d):
             init.ones_(module.weight)

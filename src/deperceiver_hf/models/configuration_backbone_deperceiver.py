@@ -76,7 +76,7 @@ class DePerceiverBackboneConfig(PreTrainedConfig):
         strides = self.feature_strides
         self.feature_strides = [strides] if isinstance(strides, int) else list(strides)
         self.check_architecture()
-        self.backbone_config = self._resolve_backbone(kwargs.pop("backbone", None))
+        self.backbone_config = self.resolve_backbone(kwargs.pop("backbone", None))
         super().__post_init__(**kwargs)
 
     @property
@@ -95,17 +95,21 @@ class DePerceiverBackboneConfig(PreTrainedConfig):
         Raises:
             ValueError: Names the fields, what they are, and what they may be.
         """
+        self.check_strides()
+        self.require_at_least(1, "num_channels")
+        if self.frozen_backbone_stages < -1:
+            raise ValueError(f"`frozen_backbone_stages` must be -1 (none) or more, not {self.frozen_backbone_stages}.")
+        if self.dilation and 32 not in self.strides:
+            raise ValueError(
+                f"`dilation=True` changes the stage of stride 32, which `feature_strides` {self.strides} does not use."
+            )
+
+    def check_strides(self) -> None:
+        """Refuse `feature_strides` that no backbone has with a `ValueError`."""
         strides = self.strides
         if not strides or strides != sorted(set(strides)) or not set(strides) <= set(NOMINAL_STRIDES):
             raise ValueError(
                 f"`feature_strides` must be one of {NOMINAL_STRIDES} or an ascending list of them, not {strides}."
-            )
-        self.require_at_least(1, "num_channels")
-        if self.frozen_backbone_stages < -1:
-            raise ValueError(f"`frozen_backbone_stages` must be -1 (none) or more, not {self.frozen_backbone_stages}.")
-        if self.dilation and 32 not in strides:
-            raise ValueError(
-                f"`dilation=True` changes the stage of stride 32, which `feature_strides` {strides} does not use."
             )
 
     def require_at_least(self, least: int, *names: str) -> None:
@@ -125,7 +129,12 @@ class DePerceiverBackboneConfig(PreTrainedConfig):
         if self.class_cost == self.bbox_cost == self.giou_cost == 0:
             raise ValueError("`class_cost`, `bbox_cost` and `giou_cost` are all 0: nothing would decide the matching.")
 
-    def _resolve_backbone(self, name: str | None) -> dict | PreTrainedConfig:
+    def resolve_backbone(self, name: str | None) -> dict | PreTrainedConfig:
+        """The configuration of the backbone: `backbone_config`, or of the timm model of this name.
+
+        Raises:
+            ValueError: It does not fit the other fields.
+        """
         backbone_config = self.backbone_config
         if backbone_config is not None and name is not None:
             raise ValueError(f"give either `backbone` ({name!r}) or `backbone_config`, not both.")

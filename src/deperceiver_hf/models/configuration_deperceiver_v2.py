@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of DePerceiver v2, whose object queries are the latent array."""
 
+import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import auto_docstring
 
 from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
+from .detector_features_deperceiver_v2 import detector_family
 
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {
@@ -47,6 +50,14 @@ FIRST_EDITION = {"token_encoder": "none", "box_steps": "logit", "classification_
 REMOVED_FIELDS = {"num_context_latents": 0, "box_refinement": True, "selection_matches": 1}
 """Fields of configurations saved by version 0.2.0 that exist no more, with the only value that can still be built."""
 
+LEFT_TO_THE_DETECTOR = {
+    "freeze_batch_norm": False,
+    "frozen_backbone_stages": -1,
+    "mask_padding": False,
+    "dilation": False,
+}
+"""Fields that say what the configuration of a detector says where the features come from one."""
+
 
 class Dials(NamedTuple):
     """What a forward pass spends: see the fields of the same names in [`DePerceiverV2Config`]."""
@@ -64,7 +75,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Configuration of the convolutional backbone, any that `AutoBackbone` knows. Its `out_indices` or
         `out_features` must name one feature map per entry of `feature_strides`. By default timm's ResNet-50; the
         keyword `backbone="resnet18"` is a shorthand for another timm model. Weights are never downloaded from here:
-        see [`~deperceiver_hf.create_model`].
+        see [`~deperceiver_hf.create_model`]. With `token_encoder="detector"` the configuration of a detector.
     num_channels (`int`, *optional*, defaults to 3):
         Number of input channels.
     freeze_batch_norm (`bool`, *optional*, defaults to `True`):
@@ -80,12 +91,16 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Replace the stride of the backbone's last stage by dilation; the map called 32 in `feature_strides` then has
         16 pixels per cell. timm backbones only.
     feature_strides (`int` or `list[int]`, *optional*, defaults to `[8, 16, 32]`):
-        Strides of the feature maps whose cells are the tokens, any of 4, 8, 16 and 32, ascending.
+        Strides of the feature maps whose cells are the tokens, any of 4, 8, 16 and 32, ascending; of a detector those
+        of its encoder.
     token_encoder (`str`, *optional*, defaults to `"fusion"`):
         What mixes the feature maps before they become tokens. `"fusion"`: attention among the cells of the coarsest
-        map, then convolutions from coarse to fine and back. `"none"`: nothing.
+        map, then convolutions from coarse to fine and back. `"none"`: nothing. `"detector"`: the encoder of another
+        detector, whose configuration `backbone_config` is; see [`~DePerceiverV2Config.from_detector`].
     fusion_dim (`int`, *optional*, defaults to 128):
         Width of the maps inside of `"fusion"`, a multiple of 4 and of `num_attention_heads`.
+    start_from (`dict`, *optional*):
+        Where the weights of that detector are from: `name` and `license`. For the record only.
     d_model (`int`, *optional*, defaults to 256):
         Width of tokens and latents, a multiple of 4.
     num_attention_heads (`int`, *optional*, defaults to 8):
@@ -178,8 +193,9 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     }
 
     feature_strides: int | list[int] | tuple[int, ...] = (8, 16, 32)
-    token_encoder: Literal["none", "fusion"] = "fusion"
+    token_encoder: Literal["none", "fusion", "detector"] = "fusion"
     fusion_dim: int = 128
+    start_from: dict | None = None
     d_model: int = 256
     num_attention_heads: int = 8
     num_queries: int = 300
@@ -245,12 +261,71 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
             del fields["backbone"]
         return cls(**fields)
 
+    @classmethod
+    def from_detector(cls, config: PreTrainedConfig, preset: str = "base", **overrides) -> "DePerceiverV2Config":
+        """Configuration of a model on the backbone and encoder of another detector.
+
+        What is frozen in the backbone, and whether its batch norms learn, is as `config` says. Its classes are not
+        taken over: give `num_labels` or `id2label`.
+
+        Args:
+            config: Of the detector: an RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR, RF-DETR, Deformable DETR or DETR.
+            preset: Size of all that follows, see [`~DePerceiverV2Config.from_preset`].
+            overrides: Other fields, or other values of the same ones.
+
+        Raises:
+            ValueError: The detector is of another kind, or there is no such size.
+        """
+        strides = detector_family(config).strides(config)
+        config = copy.deepcopy(config)
+        config.num_labels = 1  # of heads that are not built
+        for part in (config, config.backbone_config):
+            part.dtype, part._name_or_path = None, ""  # of the file that it was read from
+        fields = {"token_encoder": "detector", "feature_strides": strides, **LEFT_TO_THE_DETECTOR, **overrides}
+        return cls.from_preset(preset, backbone_config=config, **fields)
+
+    def resolve_backbone(self, name: str | None) -> dict | PreTrainedConfig:
+        if self.token_encoder != "detector":
+            return super().resolve_backbone(name)
+        config = self.backbone_config
+        if name is not None or config is None:
+            raise ValueError('`token_encoder="detector"` needs the configuration of a detector as `backbone_config`.')
+        if isinstance(config, dict):
+            config = AutoConfig.for_model(**config)
+        strides = detector_family(config).strides(config)
+        if self.strides != strides:
+            raise ValueError(
+                f"the encoder of this {config.model_type} gives feature maps of strides {strides}, but "
+                f"`feature_strides` is {self.strides}."
+            )
+        channels = getattr(config.backbone_config, "num_channels", self.num_channels)
+        if channels != self.num_channels:
+            raise ValueError(f"`num_channels` is {self.num_channels}, but that of `backbone_config` is {channels}.")
+        return config
+
+    def check_strides(self) -> None:
+        if self.token_encoder != "detector":
+            super().check_strides()
+            return
+        strides = self.strides
+        if not strides or strides != sorted(set(strides)) or any(s < 1 or s % strides[0] for s in strides):
+            raise ValueError(f"`feature_strides` must be ascending multiples of the first, not {strides}.")
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "DePerceiverV2Config":
         """There is no text part; without this, `decoder_layers` would be taken for the size of one."""
         return self
 
     def check_architecture(self) -> None:
         super().check_architecture()
+        if self.token_encoder == "detector":
+            wrong = [
+                f"`{name}` {value!r}" for name, value in LEFT_TO_THE_DETECTOR.items() if getattr(self, name) != value
+            ]
+            if wrong:
+                raise ValueError(
+                    f"the configuration of the detector decides what is frozen in it and how it sees padding: "
+                    f"{' and '.join(wrong)} needed; `DePerceiverV2Config.from_detector` makes such a configuration."
+                )
         self.require_at_least(1, "d_model", "num_attention_heads", "num_queries", "decoder_layers", "widening_factor")
         self.require_at_least(
             0,

@@ -29,6 +29,7 @@ from .attention_deperceiver import DePerceiverAttention, DePerceiverBoxPredictor
 from .backbone_deperceiver import DePerceiverBackbone, initialize_frozen_parts, require_images
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .denoising_deperceiver_v2 import DenoisingQueries, LatentArray, make_denoising_queries
+from .detector_features_deperceiver_v2 import DePerceiverV2DetectorFeatures
 from .layers_deperceiver_v2 import (
     DePerceiverV2Block,
     DePerceiverV2BoxPosition,
@@ -154,6 +155,7 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = [  # noqa: RUF012
         "DePerceiverBackbone",
+        "DePerceiverV2DetectorFeatures",
         "DePerceiverV2InputAdapter",
         "DePerceiverV2TokenSelector",
         "DePerceiverV2Block",
@@ -161,6 +163,17 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """As in every model, but that the encoder of another detector keeps its own: transformers asks all parts of it
+        for the same, which backbones without attention refuse."""
+        if self.config.token_encoder != "detector":
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+            return
+        of_latents: Any = attn_implementation
+        if isinstance(attn_implementation, dict):
+            of_latents = attn_implementation.get("", self.config._attn_implementation)
+        self.config._attn_implementation_internal = self.get_correct_attn_implementation(of_latents)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -199,7 +212,8 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
     def __init__(self, config: DePerceiverV2Config):
         super().__init__(config)
         config.check_architecture()
-        self.backbone = DePerceiverBackbone(config)
+        from_detector = config.token_encoder == "detector"
+        self.backbone = DePerceiverV2DetectorFeatures(config) if from_detector else DePerceiverBackbone(config)
         self.token_encoder = None
         if config.token_encoder == "fusion":
             self.token_encoder = DePerceiverV2Fusion(config, self.backbone.channels)

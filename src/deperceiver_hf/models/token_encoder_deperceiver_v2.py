@@ -20,12 +20,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention_deperceiver import DePerceiverAttention, DePerceiverMLP, DePerceiverSinePositionEmbedding
+from .backbone_deperceiver import FeatureMaps
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 
 MOST_CELLS = 2048  # that attend to each other one by one: a batch of 1440 x 1440 pixels at stride 32
-
-FeatureMaps = list[tuple[torch.Tensor, torch.Tensor | None]]
-"""Per level the features `(B, C, h, w)` and the boolean mask `(B, h, w)` of their real cells, `None` if all are."""
 
 
 def hide_padding(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..backbone_weights import IMAGENET_PREPROCESSING, backbone_preprocessing, default_weights
+from ..backbone_weights import (
+    IMAGENET_PREPROCESSING,
+    backbone_preprocessing,
+    default_weights,
+    detector_preprocessing,
+)
 from ..data.classes import corresponding_classes, listing
 from ..data.records import is_main_process
 from ..errors import UserError, refused_fields_as_user_errors
@@ -60,21 +65,26 @@ def build_image_processor(options: TrainingOptions) -> Any:
     """The processor that is saved with the model: it holds the size that the model is trained for.
 
     That of a new model prepares images as the weights of its backbone expect it, see `preprocessing_of_new_model`;
-    that of a saved model stays as it is but for a size that options give: with a warning, if its sizes are of another
-    kind.
+    that of a saved model, or of the detector that a new one starts from, stays as it is but for a size that options
+    give: with a warning, if its sizes are of another kind.
 
     Raises:
         ValueError: The options describe no possible model, or timm has no such weights.
         OSError: A saved model or the configuration of weights on the Hub cannot be read.
     """
-    if options.model is None:
+    source = options.model or options.start_from
+    if source is None:
         processor = ARCHITECTURES[options.chosen_architecture].image_processor_class(
             **preprocessing_of_new_model(options)
         )
         size = DEFAULT_IMAGE_SIZE | {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
         processor.size = type(processor.size)(**options.image_size(size))
         return processor
-    processor = load_image_processor(options.model)
+    processor = (
+        ARCHITECTURES[options.chosen_architecture].image_processor_class(**detector_preprocessing(source))
+        if options.model is None
+        else load_image_processor(source)
+    )
     if options.shortest_edge is None and options.longest_edge is None and options.fixed_size is None:
         return processor
     size = {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
@@ -88,7 +98,7 @@ def build_image_processor(options: TrainingOptions) -> Any:
     if pad_size and min(pad_size["height"], pad_size["width"]) < max(filter(None, dict(processor.size).values())):
         raise UserError(
             f"images of {_described(processor.size)} do not fit into the {_described(pad_size)} to which the image "
-            f"processor of {options.model} pads them; give a smaller size, or change its pad_size."
+            f"processor of {source} pads them; give a smaller size, or change its pad_size."
         )
     return processor
 
@@ -123,6 +133,8 @@ def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig)
     """
     if options.no_pretrained_backbone:
         return None
+    if options.start_from is not None:
+        return options.start_from
     if options.pretrained_backbone is not None:
         return options.pretrained_backbone
     backbone = getattr(config.backbone_config, "backbone", None)

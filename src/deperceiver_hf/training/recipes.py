@@ -18,15 +18,19 @@ import yaml
 
 from ..errors import UserError
 from ..output_files import as_path, atomic_path
+from .architectures.options import BROUGHT_BY_DETECTOR
 from .arguments import TrainingOptions, make_parser
 
 SUFFIX = ".yaml"
 # Options that would contradict one that is given beside the recipe.
 CONTRADICTED_BY = {
-    "multiscale": ("downsample_factor",),
-    "downsample_factor": ("multiscale",),
-    "pretrained_backbone": ("no_pretrained_backbone",),
-    "no_pretrained_backbone": ("pretrained_backbone",),
+    "start_from": BROUGHT_BY_DETECTOR,
+    "backbone": ("start_from",),
+    "dilation": ("start_from",),
+    "multiscale": ("downsample_factor", "start_from"),
+    "downsample_factor": ("multiscale", "start_from"),
+    "pretrained_backbone": ("no_pretrained_backbone", "start_from"),
+    "no_pretrained_backbone": ("pretrained_backbone", "start_from"),
     "no_aux_loss": ("dec_layers",),
     "dec_layers": ("no_aux_loss",),
     "lr_scheduler": ("lr_drop", "decay_fraction"),

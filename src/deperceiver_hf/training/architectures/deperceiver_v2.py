@@ -4,6 +4,7 @@
 from functools import partial
 from typing import Any
 
+from ...backbone_weights import config_from_detector
 from ...models.configuration_deperceiver_v2 import DePerceiverV2Config
 from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from ...models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
@@ -31,7 +32,10 @@ class DePerceiverV2Architecture(Architecture):
         }
         if options.no_pretrained_backbone:
             fields |= LEARNING_BACKBONE
-        make = partial(DePerceiverV2Config.from_preset, options.preset or DEFAULT_PRESET)
+        preset = options.preset or DEFAULT_PRESET
+        make = partial(DePerceiverV2Config.from_preset, preset)
+        if options.start_from is not None:
+            make = partial(config_from_detector, options.start_from, preset=preset)
         return new_config(DePerceiverV2Config, fields, options, label_names, make)
 
     def saved_fields(self, options: ModelOptions, config: DePerceiverV2Config) -> dict[str, Any]:

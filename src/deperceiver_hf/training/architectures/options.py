@@ -13,6 +13,11 @@ from ..declaration import Options, declared, listed, option
 
 DEFAULT_ARCHITECTURE = "deperceiver_v2"
 DEFAULT_IMAGE_SIZE = {"shortest_edge": 800, "longest_edge": 1333}
+# What a detector to start from decides.
+BROUGHT_BY_DETECTOR = (
+    *("backbone", "pretrained_backbone", "no_pretrained_backbone"),
+    *("downsample_factor", "multiscale", "dilation"),
+)
 OF_TRANSFORMERS = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
 
 
@@ -57,6 +62,13 @@ class ModelOptions(Options):
     )
     no_pretrained_backbone: bool = option(
         "Start the backbone of a new model from random weights.", False, new_model_only=True
+    )
+    start_from: str | None = option(
+        "Start from the backbone and encoder of another detector (directory or Hub id of an RT-DETR, RT-DETRv2, "
+        "D-FINE, DEIMv2, LW-DETR, RF-DETR, Deformable DETR or DETR), with its weights and its image processor; "
+        "classes, queries and decoder are new.",
+        of=("deperceiver_v2",),
+        new_model_only=True,
     )
     downsample_factor: Literal[4, 8, 16, 32] | None = option(
         "Pixels per cell of the feature map that the tokens come from; if not given, the preset's in deperceiver_v2, "
@@ -192,6 +204,8 @@ class ModelOptions(Options):
             self.refuse(["downsample_factor"], "--multiscale always takes the strides 8, 16 and 32.")
         if self.no_pretrained_backbone:
             self.refuse(["pretrained_backbone"], "contradicts --no_pretrained_backbone.")
+        if self.start_from is not None:
+            self.refuse(list(BROUGHT_BY_DETECTOR), f"--start_from {self.start_from} brings its own backbone.")
         for setting in self.config or []:
             if not setting.partition("=")[1]:
                 raise UserError(f"--config {setting}: write FIELD=VALUE, such as --config dropout=0.1.")
