@@ -327,7 +327,8 @@ def joint_batch(sizes):
 
 
 def deterministic_model():
-    return tiny_v2_model(num_denoising_queries=0, freeze_batch_norm=True).train()
+    """Without noise, and without batch norms, whose statistics are those of one process."""
+    return tiny_v2_model(num_denoising_queries=0, freeze_batch_norm=True, token_encoder="none").train()
 
 
 def _gradients_in_a_process(rank: int, world_size: int, port: int, sizes: list[int], results) -> None:

@@ -54,7 +54,7 @@ def test_output_shapes(variant, images, labels):
     assert outputs.loss.shape == ()
     assert outputs.logits.shape == (2, 9, 5)
     assert outputs.pred_boxes.shape == outputs.selection_boxes.shape == (2, 9, 4)
-    assert ((outputs.pred_boxes > 0) & (outputs.pred_boxes < 1)).all()
+    assert ((outputs.pred_boxes >= 0) & (outputs.pred_boxes <= 1)).all()
     assert outputs.last_hidden_state.shape == (2, 9, 24)
     assert outputs.intermediate_hidden_states.shape == (2, layers, 9, 24)
     assert outputs.intermediate_boxes.shape == (2, layers, 9, 4)
@@ -604,11 +604,12 @@ def test_gradient_checkpointing_gives_equal_gradients(variant, use_reentrant, im
 
 @pytest.mark.parametrize("dropout", ["dropout", "attention_dropout"])
 def test_every_dropout_acts_in_training_only(dropout, images):
-    still, model = tiny_v2_model().train(), tiny_v2_model(**{dropout: 0.5}).train()
+    still, model = tiny_v2_model(), tiny_v2_model(**{dropout: 0.5})
     with torch.no_grad():
+        assert torch.equal(model(images).logits, still(images).logits)
+        still.train(), model.train()
         assert torch.equal(still(images).logits, still(images).logits)
         assert not torch.equal(model(images).logits, model(images).logits)
-        assert torch.equal(model.eval()(images).logits, still.eval()(images).logits)
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ ARCHITECTURES = {
             "loss_deperceiver_v2.py",
             "denoising_deperceiver_v2.py",
             "detector_features_deperceiver_v2.py",
+            "token_encoder_deperceiver_v2.py",
         },
         V1_PROCESSOR_FILES - {"image_processing_deperceiver.py"} | {"image_processing_deperceiver_v2.py"},
     ),

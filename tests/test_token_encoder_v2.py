@@ -155,6 +155,9 @@ def test_relative_steps_are_parts_of_the_sides():
     wild = relative_step(boxes, 1e4 * torch.randn(2, 4))
     assert ((wild >= 0) & (wild <= 1)).all()
     assert (wild[:, 2:] > 0).all()
+    outside = torch.tensor([[9.0, -9.0, 9.0, 0.0]], requires_grad=True)
+    relative_step(boxes[:1], outside)[..., :2].sum().backward()
+    torch.testing.assert_close(outside.grad, torch.tensor([[0.2, 0.1, 0.0, 0.0]]))
 
 
 # --- dials

@@ -205,7 +205,7 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
 class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": DePerceiverV2Block,
-        "attentions": OutputRecorder(DePerceiverAttention, index=1),
+        "attentions": OutputRecorder(DePerceiverAttention, index=1, layer_name="self_attention"),
         "cross_attentions": OutputRecorder(DePerceiverV2CrossAttention, index=1),
     }
 

@@ -166,9 +166,14 @@ def relative_step(boxes: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     https://arxiv.org/abs/2308.01904.
     """
     center, sides = boxes[..., :2], boxes[..., 2:]
-    center = (center + step[..., :2] * sides).clamp(0, 1)
-    sides = (sides * step[..., 2:].clamp(-LARGEST_LOG_STEP, LARGEST_LOG_STEP).exp()).clamp(SMALLEST_SIDE, 1)
-    return torch.cat((center, sides), dim=-1)
+    center = center + step[..., :2] * sides
+    sides = sides * step[..., 2:].clamp(-LARGEST_LOG_STEP, LARGEST_LOG_STEP).exp()
+    return torch.cat((keep_within(center, 0.0), keep_within(sides, SMALLEST_SIDE)), dim=-1)
+
+
+def keep_within(values: torch.Tensor, least: float) -> torch.Tensor:
+    """Values within `least` and 1, with the gradient of those that are not: they can find back."""
+    return values - values.detach() + values.detach().clamp(least, 1)
 
 
 BOX_STEPS = {"relative": relative_step, "logit": logit_step}
