@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The timm backbone inside of transformers' own detectors: which one, with which weights, how much of it is trained.
 
-What DePerceiver's configuration says of its backbone is done here for models whose configuration cannot say it.
+What DePerceiver's configuration says of its backbone is done here for models whose configuration cannot say it. The
+vision transformers of LW-DETR and RF-DETR are in `vision_transformers`.
 """
 
 from typing import Any
@@ -34,6 +35,14 @@ class TransformersArchitecture(Architecture):
         """Start a new model, but for its backbone, as its authors did where transformers does not."""
 
 
+def backbone_of(detector: PreTrainedModel) -> nn.Module:
+    """The backbone of a detector of any architecture, without what projects its feature maps."""
+    model = detector.model
+    if hasattr(model, "conv_encoder"):  # DEIMv2, with the projections of its maps beside it
+        return getattr(model.conv_encoder, "model", None) or model.conv_encoder.backbone
+    return getattr(model.backbone, "backbone", model.backbone)  # LW-DETR and RF-DETR keep the projector beside it
+
+
 def timm_backbone_config(name: str | None, strides: list[int], dilation: bool = False) -> PreTrainedConfig:
     """Configuration of a timm backbone that returns the feature maps of these strides; ResNet-50 by default.
 
@@ -60,12 +69,12 @@ def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: 
     """Put weights into the timm backbone of a new detector, in place.
 
     transformers replaces batch normalisation by a frozen one. With pretrained weights that stays, and the stem and the
-    first stage are not trained, as in DETR's paper. From scratch the norms must learn: RT-DETRv2 and D-FINE are
-    configured to keep them; in the others those of timm are put back, and what they have learned is read by the frozen
-    ones of the same names when the model is loaded again.
+    first stage are not trained, as in DETR's paper. From scratch the norms must learn: RT-DETRv2, D-FINE and DEIMv2
+    are configured to keep them; in the others those of timm are put back, and what they have learned is read by the
+    frozen ones of the same names when the model is loaded again.
 
     Args:
-        model: With its backbone in `model.model.backbone.model`.
+        model: With its backbone in `model.model.backbone.model` or, DEIMv2's, `model.model.conv_encoder.model`.
         weights: See [`~deperceiver_hf.create_model`]; `None` if a training state will bring them.
         from_scratch: Start from random weights and train all of them.
 
@@ -75,8 +84,8 @@ def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: 
     """
     if model.config.backbone_config.model_type != "timm_backbone":
         raise UserError(f"a {model.config.model_type} is trained with a timm backbone only: see --backbone.")
-    encoder = model.model.backbone
-    wrapped = hasattr(encoder.model, "_backbone")  # by transformers' backbone class, as in RT-DETRv2 and D-FINE
+    encoder = getattr(model.model, "conv_encoder", None) or model.model.backbone
+    wrapped = hasattr(encoder.model, "_backbone")  # by transformers' class, as in RT-DETRv2, D-FINE and DEIMv2
     if from_scratch:
         if not wrapped:
             encoder.model = AutoBackbone.from_config(model.config.backbone_config)._backbone
@@ -85,7 +94,7 @@ def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: 
                     module.num_batches_tracked = None  # the frozen norms know no such name
             encoder.model.register_load_state_dict_post_hook(_forget_batch_counters)
         return
-    freeze_early_stages(encoder)
+    freeze_early_stages(encoder.model)
     if weights is not None:
         backbone = AutoBackbone.from_config(model.config.backbone_config)
         load_backbone_weights(backbone, weights)
@@ -103,9 +112,11 @@ def freeze_early_stages(backbone: nn.Module) -> None:
 
 
 def freeze_saved_backbone(model: PreTrainedModel) -> None:
-    """Freeze the early stages of a saved model, unless it was trained from scratch and its norms still learn."""
-    backbone = model.model.backbone
-    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+    """Freeze the early stages of a saved model's convolutional backbone, unless it was trained from scratch and its
+    norms still learn."""
+    backbone = backbone_of(model)
+    is_vit = model.config.backbone_config.model_type == "dinov3_vit"  # of DEIMv2's larger sizes; trained as a whole
+    if not is_vit and not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         freeze_early_stages(backbone)
 
 

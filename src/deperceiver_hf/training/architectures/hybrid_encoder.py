@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What RT-DETRv2 and D-FINE share: the hybrid encoder, contrastive denoising, and images without padding."""
+"""What RT-DETRv2, D-FINE and DEIMv2 share: the hybrid encoder, contrastive denoising, and images without padding."""
 
 import math
 from typing import Any
@@ -13,6 +13,7 @@ from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcesso
 from .architecture import new_config, scalars
 from .backbones import (
     TransformersArchitecture,
+    backbone_of,
     feature_channels,
     freeze_saved_backbone,
     keep_boxes_in_float32,
@@ -28,7 +29,7 @@ BOX_HEADS = ("bbox_embed", "enc_bbox_head", "pre_bbox_head")
 
 
 class HybridEncoderDetector(OwnLossInFloat32):
-    """Mix-in that trains transformers' RT-DETRv2 or D-FINE with its own loss.
+    """Mix-in that trains transformers' RT-DETRv2, D-FINE or DEIMv2 with its own loss.
 
     That loss is the sum over the proposals of the encoder, all decoder layers and the denoising queries. On several
     processes it is divided by the number of objects of each process, as in transformers: not the joint batch's. An
@@ -57,7 +58,7 @@ class HybridEncoderDetector(OwnLossInFloat32):
         self._check_images(pixel_values, pixel_mask)
         outputs = super().forward(pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
         if labels is not None:
-            outputs.loss_dict = scalars(outputs.loss_dict, "loss_vfl", "loss_bbox", "loss_giou")
+            outputs.loss_dict = scalars(outputs.loss_dict, "loss_vfl", "loss_mal", "loss_bbox", "loss_giou")
         return outputs
 
     def _check_images(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
@@ -81,7 +82,7 @@ class HybridEncoderDetector(OwnLossInFloat32):
 
 
 class HybridEncoderArchitecture(TransformersArchitecture):
-    """RT-DETRv2 or D-FINE, on the maps of strides 8, 16 and 32 of the same backbone."""
+    """RT-DETRv2, D-FINE or DEIMv2, on the maps of strides 8, 16 and 32 of the same backbone."""
 
     image_processor_class = DePerceiverV2ImageProcessor
     side_multiple = STRIDES[-1]
@@ -103,9 +104,14 @@ class HybridEncoderArchitecture(TransformersArchitecture):
             "decoder_ffn_dim": feedforward,
             "encoder_attention_heads": options.nheads,
             "decoder_attention_heads": options.nheads,
+            **self.own_fields(),
             **_fields_of_any_model(options),
         }
         return new_config(self.model_class.config_class, fields, options, label_names)
+
+    def own_fields(self) -> dict[str, Any]:
+        """Fields of the configuration in which they differ."""
+        return {}
 
     def saved_fields(self, options: ModelOptions, config: PreTrainedConfig) -> dict[str, Any]:
         return _fields_of_any_model(options)
@@ -118,8 +124,9 @@ class HybridEncoderArchitecture(TransformersArchitecture):
 
         transformers draws the weights of both, and the scales of RT-DETRv2's norms, close to 0.
         """
-        for name, module in model.named_modules():
-            if "backbone" in name.split("."):
+        of_backbone = {*backbone_of(model).modules()}
+        for module in model.modules():
+            if module in of_backbone:
                 continue
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.ones_(module.weight)
