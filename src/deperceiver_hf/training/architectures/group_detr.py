@@ -41,6 +41,11 @@ class GroupDetrDetector(OwnLossInFloat32):
             head.register_forward_hook(keep_boxes_in_float32)
         self.model.backbone.register_forward_hook(_in_float32)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: it is saved under the names of transformers' own class, which depend on that."""
+        return False
+
     @property
     def loss_function(self) -> Any:
         return self._loss_of_its_groups
