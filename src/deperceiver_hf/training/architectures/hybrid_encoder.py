@@ -162,6 +162,10 @@ def _start_heads(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     for head in [*decoder.class_embed, model.model.enc_score_head]:
         nn.init.xavier_uniform_(head.weight)
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
-    for head in [*decoder.bbox_embed, model.model.enc_bbox_head]:
+    first = [decoder.pre_bbox_head] if hasattr(decoder, "pre_bbox_head") else []  # RT-DETRv2 has none
+    for head in [*decoder.bbox_embed, model.model.enc_bbox_head, *first]:
         nn.init.zeros_(head.layers[-1].weight)
         nn.init.zeros_(head.layers[-1].bias)
+    if config.num_denoising:
+        nn.init.normal_(model.model.denoising_class_embed.weight[:-1])
+        nn.init.zeros_(model.model.denoising_class_embed.weight[-1])  # of queries that fill up a batch
