@@ -385,7 +385,9 @@ def test_models_of_transformers_are_counted_and_timed(name):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.randn(1, 3, side, side))
     assert 0 < counted.backbone_flops < counted.flops == counter.get_total_flops()
-    report = compare_times([name], height=side, width=side, backbone="test_resnet", warmup=0, repeats=1, progress=False)
+    report = compare_times(
+        [name], height=side, width=side, backbone="test_resnet", warmup=0, repeats=1, progress=False
+    )
     assert report.rows[name]["latency"] > 0
 
 

@@ -287,8 +287,6 @@ def test_a_saved_model_of_any_architecture_can_be_compared():
         ("detr detr,enc_layers=2", "--steps 1", "--models has detr twice; write NAME=ARCHITECTURE"),
         ("detr", "--steps 1 --seeds 3 3", "--seeds has 3 twice"),
         ("mine=detr deperceiver", "--steps 1 --num_latents 5", "model mine: --num_latents"),
-        ("detr lw_detr", "--steps 1", "model lw_detr: test_resnet is no plain vision transformer"),
-        ("lw_detr", "--steps 1", "(--backbone, "),
         ("detr", "", "--minutes, --steps or both"),
         ("detr", "--steps 0", "--max_steps must be at least 1"),
         ("detr", "--minutes -1", "--max_minutes must be more than 0"),

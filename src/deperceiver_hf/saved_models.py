@@ -266,7 +266,10 @@ def _require_all_weights(
         for name, (saved, asked) in shapes.items()
         if saved_queries is not None
         and len(saved) == len(asked)
-        and all(a == b or (a % saved_queries == 0 and a * queries == b * saved_queries) for a, b in zip(saved, asked, strict=True))
+        and all(
+            a == b or (a % saved_queries == 0 and a * queries == b * saved_queries)
+            for a, b in zip(saved, asked, strict=True)
+        )
     }
     lacking = [
         *sorted(set(report["missing_keys"]) - shapes.keys()),

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import UserError
 from ..output_files import as_path
 from ..training import TrainingOptions
-from ..training.architectures import ARCHITECTURES, ModelOptions
+from ..training.architectures import ModelOptions
 from ..training.arguments import make_parser
 
 DEFAULT_LR = 1e-4
@@ -130,9 +130,7 @@ class ComparisonOptions:
         for model in self.models:
             for minutes, steps in (*self.budgets.values(), searches):
                 if (minutes, steps) != (None, None):
-                    made = self.training_options(model, self.output_dir, self.lrs[0], self.seeds[0], minutes, steps)
-            if made.model is None:
-                self._check_new_model(model, made)
+                    self.training_options(model, self.output_dir, self.lrs[0], self.seeds[0], minutes, steps)
 
     @property
     def budgets(self) -> dict[str, tuple[float | None, int | None]]:
@@ -182,19 +180,11 @@ class ComparisonOptions:
         try:
             return TrainingOptions(**given, **decided)
         except ValueError as error:
-            raise self._refusal(model, error) from error
-
-    def _check_new_model(self, model: ModelSpec, options: TrainingOptions) -> None:
-        """Refuse a model that its options make impossible before the others are trained."""
-        try:
-            ARCHITECTURES[options.chosen_architecture].make_config(options, ["object"])
-        except ValueError as error:
-            raise self._refusal(model, error) from error
-
-    def _refusal(self, model: ModelSpec, error: ValueError) -> UserError:
-        shared = ", ".join(f"--{name}" for name in self.shared if name in MODEL_FIELDS)
-        hint = f" Of what is given for all models ({shared}), write in --models what not all know." if shared else ""
-        return UserError(f"model {model.name}: {error}{hint}")
+            shared = ", ".join(f"--{name}" for name in self.shared if name in MODEL_FIELDS)
+            hint = (
+                f" Of what is given for all models ({shared}), write in --models what not all know." if shared else ""
+            )
+            raise UserError(f"model {model.name}: {error}{hint}") from error
 
 
 def parse_training_options(arguments: Sequence[str]) -> dict[str, Any]:

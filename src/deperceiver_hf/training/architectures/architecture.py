@@ -30,7 +30,7 @@ class Architecture:
             model's outputs.
         side_multiple: Height and width of its images must be multiples of it, unless it is configured otherwise.
         square_only: Whether height and width must be equal.
-        own_backbone: Timm model that its own kind of backbone is like, if the backbone that others share cannot be its.
+        own_backbone: Timm model that its backbone is like, if it has a kind of its own and none that others share.
     """
 
     side_multiple: ClassVar[int] = 1
@@ -67,7 +67,7 @@ class Architecture:
         return self.model_class(config) if weights is None else create_model(config, weights)
 
     def timm_backbone(self, options: ModelOptions, config: PreTrainedConfig) -> str | None:
-        """Name of the timm model whose weights the backbone of a new model takes; `None` if it is like none of timm."""
+        """Name of the timm model whose weights the backbone of a new model takes; `None` if it is like none."""
         return getattr(config.backbone_config, "backbone", None)
 
     def pad_size(self, config: PreTrainedConfig, longest_edge: int) -> dict[str, int] | None:

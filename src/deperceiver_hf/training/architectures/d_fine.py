@@ -9,7 +9,7 @@ from .hybrid_encoder import HybridEncoderArchitecture, HybridEncoderDetector
 
 
 class DFineForObjectDetection(HybridEncoderDetector, DistributionLoss, transformers.DFineForObjectDetection):
-    """transformers' D-FINE with its own loss, see `distribution_loss`; a saved one is transformers' own class again."""
+    """transformers' D-FINE with its loss as in `distribution_loss`; a saved one is transformers' own class again."""
 
     criterion_class = DFineCriterion
 

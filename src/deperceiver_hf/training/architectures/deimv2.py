@@ -14,7 +14,7 @@ MATCHABILITY_GAMMA = 1.5  # of the authors' matchability-aware loss; transformer
 
 
 class Deimv2ForObjectDetection(HybridEncoderDetector, DistributionLoss, transformers.Deimv2ForObjectDetection):
-    """transformers' DEIMv2 with its own loss, see `distribution_loss`; a saved one is transformers' own class again."""
+    """transformers' DEIMv2 with its loss as in `distribution_loss`; a saved one is transformers' own class again."""
 
     criterion_class = Deimv2Loss
 

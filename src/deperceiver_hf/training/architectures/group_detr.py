@@ -90,8 +90,8 @@ class GroupDetrDetector(OwnLossInFloat32):
         if height % multiple or width % multiple or (square and height != width):
             raise UserError(
                 f"the image is {height} x {width} pixels, but this {kind} takes {'square ' if square else ''}images "
-                f"with sides that are multiples of {multiple} only, padding included: let the image processor pad them "
-                f"by its pad_size."
+                f"with sides that are multiples of {multiple} only, padding included: let the image processor pad "
+                f"them by its pad_size."
             )
         patch = self.config.backbone_config.patch_size
         scales = getattr(self.config, "projector_scale_factors", [1])
@@ -123,7 +123,7 @@ class GroupDetrArchitecture(TransformersArchitecture):
 
     def make_config(self, options: ModelOptions, label_names: list[str]) -> PreTrainedConfig:
         """The model reads the single map of its backbone, as the authors' sizes up to medium do."""
-        measures = measure_vision_transformer(options.backbone or self.own_backbone, self.name)
+        measures = measure_vision_transformer(str(options.backbone or self.own_backbone), self.name)
         fields = {
             "backbone_config": self.vision_transformer_config(measures),
             "d_model": options.hidden_dim,

@@ -98,16 +98,13 @@ def load_vision_transformer(backbone: nn.Module, source: str | PathLike, names: 
     target = backbone.state_dict()
     renamed = {key: torch.ones_like(tensor) for key, tensor in target.items() if _ends(key, names, LAYER_SCALES)}
     for key, tensor in weights.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.+?)((?:\.weight|\.bias)?)", key):
-            layer, part, kind = match.groups()
-            parts = zip("qkv", tensor.chunk(3), strict=True) if part == "attn.qkv" else [("", tensor)]
-            for letter, values in parts:
-                if part in names:
-                    renamed[_known(f"encoder.layer.{layer}.{names[part].format(letter)}{kind}", target)] = values
-        else:
-            part, kind = re.fullmatch(r"(.+?)((?:\.weight|\.bias)?)", key).groups()
-            if part in names:
-                renamed[f"{names[part]}{kind}"] = tensor
+        match = re.fullmatch(r"(?:blocks\.(?P<layer>\d+)\.)?(?P<part>.+?)(?P<kind>(\.weight|\.bias)?)", key)
+        if match is None or match["part"] not in names:
+            continue
+        prefix = f"encoder.layer.{match['layer']}." if match["layer"] else ""
+        joint = match["part"] == "attn.qkv"
+        for letter, values in zip("qkv", tensor.chunk(3), strict=True) if joint else [("", tensor)]:
+            renamed[_known(prefix + names[match["part"]].format(letter) + match["kind"], target)] = values
     fill_with_weights(backbone, renamed, source, f"of {len(backbone.encoder.layer)} layers")
 
 
