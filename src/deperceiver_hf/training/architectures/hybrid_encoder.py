@@ -25,6 +25,7 @@ from .options import ModelOptions
 STRIDES = [8, 16, 32]
 SAME_SPREAD = 0.25  # relative difference up to which weights count as drawn with transformers' standard deviation
 FEEDFORWARD_RATIO = 4  # hidden width of an MLP, relative to the model's
+PRIOR_PROBABILITY = 0.01  # of a class
 BOX_HEADS = ("bbox_embed", "enc_bbox_head", "pre_bbox_head")
 
 
@@ -156,9 +157,12 @@ def _starts_as_any(weight: torch.Tensor, config: PreTrainedConfig) -> bool:
 
 @torch.no_grad()
 def _start_heads(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Boxes start on their references and classes as rare, as transformers means them to but does not see to."""
+    """Boxes start on their references, classes as rare and those of denoising queries spread, as in the authors' code.
+
+    transformers means most of this but does not see to it; it takes classes for as likely as there are few of them.
+    """
     decoder = model.model.decoder
-    prior = config.initializer_bias_prior_prob or 1 / (config.num_labels + 1)
+    prior = config.initializer_bias_prior_prob or PRIOR_PROBABILITY
     for head in [*decoder.class_embed, model.model.enc_score_head]:
         nn.init.xavier_uniform_(head.weight)
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
