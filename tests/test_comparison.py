@@ -332,7 +332,7 @@ def test_flops_are_those_of_the_benchmark():
     run = options.training_options(options.models[0], Path("out"), 1e-3, 0, steps=1)
     names = ["disc", "square"]
 
-    parameters, flops = runs.count_model(run, names, 64)
+    parameters, flops = runs.count_model(run, names, (64, 64))
     model = build_model(run, names)
     cost = count_cost(lambda: type(model)._from_config(model.config, attn_implementation="eager"), 64, 64)
     assert (parameters, flops) == (cost.parameters, cost.flops)

@@ -63,6 +63,9 @@ class ComparisonReport:
                 "seconds": mean(run.seconds for run in runs),
                 "images_per_second": sum(run.images for run in runs) / sum(run.seconds for run in runs),
                 **{name: _mean_metric([run.metrics[name] for run in runs]) for name in METRICS},
+                "ap_without_ema": _mean_metric([run.curve_without_ema[-1].ap for run in runs])
+                if all(run.curve_without_ema for run in runs)
+                else None,
                 "ap_by_seed": {run.seed: _mean_metric([run.metrics["ap"]]) for run in runs},
             }
         return rows
@@ -123,7 +126,7 @@ class ComparisonReport:
         """Write `report.json` and `report.md`."""
         write_json(output_dir / "report.json", self.to_dict())
         with atomic_path(output_dir / "report.md") as temporary:
-            picture = "![AP and AP of small objects against training time](comparison.png)"
+            picture = "![AP and AP of small objects against training time and steps](comparison.png)"
             temporary.write_text(f"{self.markdown()}\n\n{picture}\n", encoding="utf-8")
 
     def _table(self, budget: str) -> str:
@@ -135,6 +138,7 @@ class ComparisonReport:
             "seconds": lambda row: f"{row['seconds']:.0f}",
             "images/s": lambda row: f"{row['images_per_second']:.1f}",
             "AP": lambda row: _percent(row["ap"]),
+            "AP without EMA": lambda row: _percent(row["ap_without_ema"]),
             "AP50": lambda row: _percent(row["ap50"]),
             "AP75": lambda row: _percent(row["ap75"]),
             "AP small": lambda row: _percent(row["ap_small"]),
@@ -142,6 +146,8 @@ class ComparisonReport:
             "AP large": lambda row: _percent(row["ap_large"]),
             "AP by seed": lambda row: ", ".join(f"{seed}: {_percent(ap)}" for seed, ap in row["ap_by_seed"].items()),
         }
+        if all(row["ap_without_ema"] is None for row in self.rows(budget).values()):
+            del columns["AP without EMA"]
         rows = [[name, *(show(row) for show in columns.values())] for name, row in self.rows(budget).items()]
         return markdown_table(["model", *columns], rows)
 
@@ -170,17 +176,22 @@ class ComparisonReport:
         lines = [*(f"    {command}" for command in self.commands), ""]
         for run in described[:1]:
             facts, settings = run.facts, run.facts["settings"]
+            height = facts["image_size"]
+            width = facts.get("image_width", height)
+            fixed = settings.get("fixed_size") is not None
+            size = f"all {height} x {width} pixels" if fixed else f"shortest edge {height}"
+            ema = settings.get("ema_decay")
             lines += [
                 f"- Data: {settings['dataset']}, {facts['training_images']} images of {settings['train_split']} for "
                 f"training, {facts['evaluation_images']} of {settings['eval_split']} for evaluation.",
-                f"- Images: {settings['batch_size']} in a batch, shortest edge {facts['image_size']}, augmentation "
-                f"{settings['augmentation']}.",
+                f"- Images: {settings['batch_size']} in a batch, {size}, augmentation {settings['augmentation']}.",
                 f"- Learning rate: {settings['lr_scheduler']}, {settings['warmup_steps']} warm-up steps.",
                 f"- Small, medium and large objects are divided at "
                 f"{' and '.join(f'{edge:g}' for edge in settings['size_boundaries'])} pixels (the square root of the "
                 f"area).",
-                f"- GFLOPs: of matrix products and convolutions for one image of {facts['image_size']} x "
-                f"{facts['image_size']} pixels; a multiplication with its addition is 2.",
+                f"- GFLOPs: of matrix products and convolutions for one image of {height} x {width} pixels; a "
+                f"multiplication with its addition is 2.",
+                *([] if ema is None else [f"- Weights: their average, of which {ema:g} is kept in a step."]),
             ]
         seeds = sorted({run.seed for run in self.runs if run.budget != SEARCH})
         lines += [

@@ -38,6 +38,7 @@ class RunResult:
         metrics: Of the model at the end; empty if it failed.
         final_loss: Mean over the last fifth of the steps.
         curve: All evaluations, in order.
+        curve_without_ema: The same of the weights without their average; empty if these were not evaluated.
     """
 
     budget: str
@@ -52,6 +53,7 @@ class RunResult:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     final_loss: float = math.inf
     curve: tuple[CurvePoint, ...] = ()
+    curve_without_ema: tuple[CurvePoint, ...] = ()
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -82,11 +84,8 @@ def read_run(directory: Path) -> RunResult:
         images=_count_images(summary["step"], facts["batches_per_epoch"], settings),
         metrics=summary["metrics"],
         final_loss=_final_loss([line for line in lines if line["kind"] == "train"]),
-        curve=tuple(
-            CurvePoint(line["step"], line["seconds"], line["ap"], line["ap_small"])
-            for line in lines
-            if line["kind"] == "eval"
-        ),
+        curve=_curve(lines, "eval"),
+        curve_without_ema=_curve(lines, "eval_without_ema"),
     )
 
 
@@ -94,6 +93,14 @@ def read_runs(output_dir: Path) -> list[RunResult]:
     """Results of all runs of a comparison that are finished or have failed, trials of learning rates included."""
     directories = sorted(path.parent for path in output_dir.glob(f"runs/*/*/*/{RUN_FILE}"))
     return [read_run(path) for path in directories if RunDirectory(path).is_finished or (path / FAILURE_FILE).exists()]
+
+
+def _curve(lines: list[dict[str, Any]], kind: str) -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(line["step"], line["seconds"], line["ap"], line["ap_small"])
+        for line in lines
+        if line["kind"] == kind
+    )
 
 
 def _count_images(step: int, batches_per_epoch: int, settings: dict[str, Any]) -> int:

@@ -187,7 +187,8 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
         data = trainer.data
         size = data.image_processor.size
         edge = size.shortest_edge or size.height or size.max_height
-        parameters, flops = count_model(options, data.train.label_names, edge)
+        width = size.width or edge
+        parameters, flops = count_model(options, data.train.label_names, (edge, width))
         _describe(
             Path(options.directory),
             model,
@@ -196,6 +197,7 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
             parameters=parameters,
             flops=flops,
             image_size=edge,
+            image_width=width,
             training_images=len(data.dataset),
             evaluation_images=len(data.require_evaluation().dataset),
             batches_per_epoch=len(data.sampler),
@@ -206,13 +208,14 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
         trainer.accelerator.free_memory()
 
 
-def count_model(options: TrainingOptions, label_names: list[str], edge: int) -> tuple[int, int]:
-    """Parameters of a model, and the FLOPs of its matrix products and convolutions for a square image."""
+def count_model(options: TrainingOptions, label_names: list[str], image_size: tuple[int, int]) -> tuple[int, int]:
+    """Parameters of a model, and the FLOPs of its matrix products and convolutions for an image of this height and
+    width."""
     with torch.random.fork_rng():
         model = build_model(options, label_names, load_pretrained_backbone=False).eval().requires_grad_(False)
     # Fused attention kernels are not counted on every device; plain matrix products are.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(pixel_values=torch.zeros(1, 3, edge, edge))
+        model(pixel_values=torch.zeros(1, 3, *image_size))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
 
 

@@ -47,6 +47,14 @@ class DataOptions(Options):
         at_least=1,
     )
     longest_edge: int | None = option("Limit of the longest edge; 1333 if not given.", at_least=1)
+    fixed_size: list[int] | None = field(
+        default=None,
+        metadata=declared(
+            "Height and width that every image is resized to, whatever its own ratio, instead of the edges: for "
+            "models that take no padding.",
+            metavar=("HEIGHT", "WIDTH"),
+        ),
+    )
     augmentation: Literal[AUGMENTATIONS] = option(  # type: ignore[valid-type]
         "original: flip, random resize and crop, as DETR; flip: flip only; none: images as they are; crop: flip, mild "
         "crop and change of colours, always at full size; crop_any_orientation: the same for images without an up.",
@@ -54,6 +62,12 @@ class DataOptions(Options):
     )
     cache_images: bool = option(
         "Keep decoded images in memory, 3 bytes a pixel, for small data sets; needs --num_workers 0.",
+        False,
+        resume_may_change=True,
+    )
+    cache_features: bool = option(
+        "Keep the feature maps of a frozen backbone (--lr_backbone 0) in memory, of every image as it was augmented: "
+        "pays with a fixed size and --augmentation flip or none.",
         False,
         resume_may_change=True,
     )
@@ -78,11 +92,14 @@ class DataOptions(Options):
     max_eval_samples: int | None = option("Evaluate on the first images only.", at_least=1, resume_may_change=True)
 
     def image_size(self, default: dict[str, int] = DEFAULT_IMAGE_SIZE) -> dict[str, int]:
-        """Shortest and longest edge of the images; what options do not give is that of `default`.
+        """Shortest and longest edge of the images, or height and width if they are fixed; what options do not give is
+        that of `default`.
 
         Raises:
             ValueError: The longest edge would be less than the shortest.
         """
+        if self.fixed_size is not None:
+            return dict(zip(("height", "width"), self.fixed_size, strict=True))
         size = dict(default)
         if self.shortest_edge is not None:
             ratio = DEFAULT_IMAGE_SIZE["longest_edge"] / DEFAULT_IMAGE_SIZE["shortest_edge"]
@@ -120,6 +137,11 @@ class OptimizationOptions(Options):
     )
     max_minutes: float | None = option(
         "Stop after this much training even if steps remain.", resume_may_change=True, comparison_hint="give --minutes"
+    )
+    ema_decay: float | None = option(
+        "Evaluate and save an exponential moving average of the weights that keeps this part of itself in a step, "
+        "such as 0.999 (less in the first steps); if not given, the weights themselves.",
+        at_least=0,
     )
     lr_scheduler: Literal["step", "constant", "linear", "cosine", "wsd"] = option(
         "step divides the rate by 10 every --lr_drop epochs; linear and cosine fall to 0 at the end, which is that of "
@@ -191,6 +213,9 @@ class RunOptions(Options):
     eval_steps: int | None = option(
         "Evaluate every so many optimizer steps instead, and at the end.", at_least=1, resume_may_change=True
     )
+    eval_without_ema: bool = option(
+        "With --ema_decay, evaluate the weights themselves, too, in each evaluation.", False, resume_may_change=True
+    )
     save_top_k: int = option(
         "How many models of the highest AP to keep.",
         3,
@@ -257,6 +282,13 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
     def _check_data(self) -> None:
         if self.shortest_edge and self.longest_edge and self.shortest_edge > self.longest_edge:
             raise UserError(f"--shortest_edge {self.shortest_edge} exceeds --longest_edge {self.longest_edge}.")
+        if self.fixed_size is not None:
+            if len(self.fixed_size) != 2 or min(self.fixed_size) < 1:
+                given = " ".join(map(str, self.fixed_size))
+                raise UserError(f"--fixed_size {given}: give a height and a width of at least 1 pixel.")
+            self.refuse(["shortest_edge", "longest_edge"], "images have the height and width of --fixed_size.")
+        if self.cache_features and self.lr_backbone:
+            raise UserError("--cache_features keeps what a frozen backbone makes of an image: give --lr_backbone 0.")
         if self.cache_images and self.num_workers:
             raise UserError(
                 f"--cache_images keeps images in the training process, but --num_workers {self.num_workers} would "
@@ -272,6 +304,10 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             self.refuse(["decay_fraction"], f"is an option of --lr_scheduler wsd, not of {self.lr_scheduler}.")
         if self.decay_fraction is not None and not 0 < self.decay_fraction <= 1:
             raise UserError(f"--decay_fraction must be more than 0 and at most 1, not {self.decay_fraction}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema_decay must be more than 0 and less than 1, not {self.ema_decay}.")
+        if self.eval_without_ema and self.ema_decay is None:
+            raise UserError("--eval_without_ema compares with the average of --ema_decay, which is not given.")
         if self.lr == 0:
             raise UserError("--lr 0 would train nothing.")
         if self.max_minutes is not None and not self.max_minutes > 0:

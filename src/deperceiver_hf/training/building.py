@@ -76,7 +76,7 @@ def build_image_processor(options: TrainingOptions) -> Any:
         _fit_padding(processor, options.chosen_architecture, _new_config(options))
         return processor
     processor = load_image_processor(options.model)
-    if options.shortest_edge is None and options.longest_edge is None:
+    if options.shortest_edge is None and options.longest_edge is None and options.fixed_size is None:
         return processor
     size = {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
     before = _described(processor.size) if getattr(processor, "do_resize", True) else "as large as they are"
@@ -89,10 +89,10 @@ def build_image_processor(options: TrainingOptions) -> Any:
     if config.model_type in ARCHITECTURES:
         _fit_padding(processor, config.model_type, config)
     pad_size = getattr(processor, "pad_size", None)
-    if pad_size and min(pad_size["height"], pad_size["width"]) < processor.size["longest_edge"]:
+    if pad_size and min(pad_size["height"], pad_size["width"]) < max(filter(None, dict(processor.size).values())):
         raise UserError(
             f"images of {_described(processor.size)} do not fit into the {_described(pad_size)} to which the image "
-            f"processor of {options.model} pads them; give a smaller --longest_edge, or change its pad_size."
+            f"processor of {options.model} pads them; give a smaller size, or change its pad_size."
         )
     return processor
 

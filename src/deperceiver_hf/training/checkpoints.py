@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..errors import UserError, one_line
 from ..output_files import write_json
 from .arguments import TrainingOptions
+from .averaging import WeightAverage
 from .run_directory import METRICS_FILE, STATE_FILE, RunDirectory, is_state, remove, temporary_path
 
 # Found in states of version 0.2, which hold the schedule as a pickle: loading it runs whatever code is in it.
@@ -64,6 +65,7 @@ def save_state(
     schedule: LRScheduler,
     fingerprint: dict[str, Any],
     computation: dict[str, Any],
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write the training state of all processes, then remove others; every process must call this.
 
@@ -71,6 +73,7 @@ def save_state(
         schedule: Of the learning rate.
         fingerprint: What must be the same when the run is resumed.
         computation: What a resumed run takes over.
+        average: Of the weights, if the run has one.
     """
     target = run_directory.state(progress.step, progress.epoch)
     if is_state(target):  # the run has not moved since
@@ -79,6 +82,8 @@ def save_state(
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if average is not None:
+                average.save(temporary)
             content = {
                 "progress": progress.to_dict(),
                 "schedule": schedule.state_dict(),
@@ -95,7 +100,11 @@ def save_state(
 
 
 def load_state(
-    accelerator: Accelerator, state: Path, schedule: LRScheduler, fingerprint: dict[str, Any]
+    accelerator: Accelerator,
+    state: Path,
+    schedule: LRScheduler,
+    fingerprint: dict[str, Any],
+    average: WeightAverage | None = None,
 ) -> TrainingProgress:
     """Restore what `save_state` wrote into the prepared objects of `accelerator` and the schedule.
 
@@ -114,6 +123,8 @@ def load_state(
     _require_whole(state, saved["sha256"])
     try:
         accelerator.load_state(str(state))
+        if average is not None:
+            average.load(state)
         _require_restored_random_state(state / f"random_states_{accelerator.process_index}.pkl")
         schedule.load_state_dict(saved["schedule"])
         return TrainingProgress.from_dict(saved["progress"])

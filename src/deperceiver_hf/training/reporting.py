@@ -73,7 +73,8 @@ class TrainingLog:
     The file has two kinds of lines. `"kind": "train"`: `step` (optimizer steps done), `epoch` (a fraction),
     `loss` and its terms, `grad_norm` (before clipping), learning rates, `images_per_second` and `seconds` of training;
     the losses and the norm are means since the line before, over all processes. `"kind": "eval"`: `step`, `epoch`,
-    `seconds` of training and the COCO metrics.
+    `seconds` of training and the COCO metrics; of the weights without their average in lines of the kind
+    `"eval_without_ema"`, if asked for.
 
     Args:
         accelerator: With trackers, if there are any.
@@ -123,9 +124,11 @@ class TrainingLog:
             shown = {name: means[name] for name in SHOWN if name in means}
             bar.set_postfix({name: f"{value:.3g}" for name, value in (shown | rates).items() if value is not None})
 
-    def write_evaluation(self, progress: TrainingProgress, epoch: float, metrics: dict[str, float]) -> None:
+    def write_evaluation(
+        self, progress: TrainingProgress, epoch: float, metrics: dict[str, float], kind: str = "eval"
+    ) -> None:
         """Write the metrics of an evaluation."""
-        self._write("eval", progress, {"epoch": epoch, "seconds": progress.seconds, **metrics})
+        self._write(kind, progress, {"epoch": epoch, "seconds": progress.seconds, **metrics})
         self._since = time.perf_counter()
 
     def _write(self, kind: str, progress: TrainingProgress, values: dict[str, Any]) -> None:

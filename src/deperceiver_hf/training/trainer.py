@@ -13,15 +13,18 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast, gather_object, send_to_device, set_seed
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..data.sampling import iterating
 from ..evaluation.coco_metric import areas_of_sizes
 from ..evaluation.evaluator import InterruptedEvaluationError, as_percent, evaluate_detector
 from ..output_files import require_writable_directory, write_json
 from .arguments import TrainingOptions
+from .averaging import WeightAverage
 from .building import build_model, training_mode
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
 from .computation import ThreadWatch, choose_computation
+from .feature_cache import FeatureCache
 from .interruption import StopRequest
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .recipes import write_options
@@ -101,12 +104,26 @@ class DetectionTrainer:
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         # The schedule is not prepared: accelerate would step it once for each process.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.average = (
+            None
+            if options.ema_decay is None
+            else WeightAverage(self.accelerator.unwrap_model(self.model), options.ema_decay)
+        )
+        if options.cache_features:
+            FeatureCache(*(model.model.backbone for model in self._models))
+
+    @property
+    def _models(self) -> list[PreTrainedModel]:
+        """The average of the weights, if there is one, and the model that is trained, without wrappers: the first is
+        evaluated and saved."""
+        model = self.accelerator.unwrap_model(self.model)
+        return [model] if self.average is None else [self.average.model, model]
 
     def _begin_or_resume(self) -> None:
         """Restore the state that the run goes on from, if there is one, and make the output directory ready."""
         self.progress, resumed_from = TrainingProgress(), None
         if self.state is not None:
-            loaded = load_state(self.accelerator, self.state, self.scheduler, self._fingerprint)
+            loaded = load_state(self.accelerator, self.state, self.scheduler, self._fingerprint, self.average)
             self.progress = resumed_from = loaded
             self.data.dataset.leave_out(loaded.unreadable)
             logger.info(f"Resumed from {self.state} after {self.progress.step} steps.")
@@ -241,6 +258,8 @@ class DetectionTrainer:
         self.log.add({"grad_norm": self._grad_norm})
         self.optimizer.step()
         self.scheduler.step()
+        if self.average is not None:
+            self.average.update(self.progress.step + 1)
         return stop
 
     def _note_unreadable(self, images: dict[int, str]) -> None:
@@ -319,14 +338,29 @@ class DetectionTrainer:
     # Evaluation and saving
 
     def _evaluate(self) -> None:
-        """Evaluate the model, and keep it if it is among the best."""
-        progress, options = self.progress, self.options
-        for buffer in self.model.buffers():  # batch norm statistics of the main process, whose model is saved
-            broadcast(buffer)
+        """Evaluate what would be saved, and keep it if it is among the best."""
+        progress = self.progress
+        for model in self._models:
+            for buffer in model.buffers():  # batch norm statistics of the main process, whose model is saved
+                broadcast(buffer)
         self._require_finite()
+        metrics = self._metrics_of(self._models[0])
+        progress.last_metrics = dict(metrics)
+        epochs_done = self.schedule.epochs_done(progress)
+        self.log.write_evaluation(progress, epochs_done, metrics)
+        logger.info(f"Epoch {epochs_done:g}: AP {as_percent(metrics['ap']).strip()}")
+        if self.options.eval_without_ema:
+            without = self._metrics_of(self._models[-1])
+            self.log.write_evaluation(progress, epochs_done, without, kind="eval_without_ema")
+            logger.info(f"Epoch {epochs_done:g}: AP {as_percent(without['ap']).strip()} without the average")
+        epoch = progress.epoch + bool(progress.batches)  # one that is under way counts
+        self.best_models.offer(progress, epoch, metrics, self._save_model)
+
+    def _metrics_of(self, model: PreTrainedModel) -> dict[str, float]:
+        options = self.options
         try:
-            result = evaluate_detector(
-                self.model,
+            return evaluate_detector(
+                model,
                 self.data.image_processor,
                 self.data.require_evaluation(),
                 accelerator=self.accelerator,
@@ -335,15 +369,9 @@ class DetectionTrainer:
                 num_workers=options.num_workers,
                 on_bad_image=options.on_bad_image,
                 area_boundaries=areas_of_sizes(options.size_boundaries),
-            )
+            ).metrics
         except FloatingPointError as error:
-            raise NonFiniteLossError(f"in the evaluation after step {progress.step}: {error}") from error
-        progress.last_metrics = dict(result.metrics)
-        epochs_done = self.schedule.epochs_done(progress)
-        self.log.write_evaluation(progress, epochs_done, result.metrics)
-        logger.info(f"Epoch {epochs_done:g}: AP {as_percent(result.metrics['ap']).strip()}")
-        epoch = progress.epoch + bool(progress.batches)  # one that is under way counts
-        self.best_models.offer(progress, epoch, result.metrics, self._save_model)
+            raise NonFiniteLossError(f"in the evaluation after step {self.progress.step}: {error}") from error
 
     def _require_finite(self) -> None:
         """Refuse to evaluate or save a model, or the state of its optimizer, that is not finite; on all processes."""
@@ -374,11 +402,12 @@ class DetectionTrainer:
             self.scheduler,
             self._fingerprint,
             dataclasses.replace(self.computation, threads=self.threads.threads).to_dict(),
+            self.average,
         )
 
     def _save_model(self, directory: Path) -> None:
         """Write the model as it is evaluated."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+        self._models[0].save_pretrained(directory)
         self.data.image_processor.save_pretrained(directory)
 
     def _result(self, interrupted: bool, last_model: str | None) -> TrainingResult:
