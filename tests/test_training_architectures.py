@@ -420,6 +420,9 @@ def test_images_that_windows_do_not_divide_are_refused(tmp_path, architecture, s
 
 @pytest.mark.parametrize(("architecture", "side"), [("lw_detr", 128), ("rf_detr", 96)])
 def test_images_of_any_shape_are_padded_to_what_windows_divide(tmp_path, architecture, side):
+    fixed = {"shortest_edge": None, "fixed_size": [60, 90]}
+    processor = build_image_processor(tiny_options(tmp_path, TINY_ARCHITECTURES[architecture], **fixed))
+    assert dict(processor.pad_size) == {"height": 64 if architecture == "lw_detr" else side, "width": side}
     options = tiny_options(tmp_path, TINY_ARCHITECTURES[architecture], shortest_edge=60, longest_edge=90)
     processor = build_image_processor(options)
     assert dict(processor.pad_size) == {"height": side, "width": side}

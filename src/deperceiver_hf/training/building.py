@@ -99,7 +99,9 @@ def build_image_processor(options: TrainingOptions) -> Any:
 
 def _fit_padding(processor: Any, architecture: str, config: PreTrainedConfig) -> None:
     """Let an image processor pad to a size that the model takes, in place, where it takes few."""
-    pad_size = ARCHITECTURES[architecture].pad_size(config, processor.size["longest_edge"])
+    size = processor.size
+    largest = (size.height, size.width) if size.height else (size.longest_edge, size.longest_edge)
+    pad_size = ARCHITECTURES[architecture].pad_size(config, *largest)
     if pad_size is not None:
         processor.pad_size = type(processor.size)(**pad_size)
 

@@ -70,12 +70,12 @@ class Architecture:
         """Name of the timm model whose weights the backbone of a new model takes; `None` if it is like none."""
         return getattr(config.backbone_config, "backbone", None)
 
-    def pad_size(self, config: PreTrainedConfig, longest_edge: int) -> dict[str, int] | None:
+    def pad_size(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, int] | None:
         """Height and width that the image processor pads every image to; `None` if only to the others of a batch.
 
         Args:
             config: Of the model.
-            longest_edge: Of the images.
+            height, width: The most that images have, in pixels.
         """
         return None
 

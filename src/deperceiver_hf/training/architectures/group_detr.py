@@ -141,9 +141,11 @@ class GroupDetrArchitecture(TransformersArchitecture):
     def timm_backbone(self, options: ModelOptions, config: PreTrainedConfig) -> str | None:
         return options.backbone or self.own_backbone
 
-    def pad_size(self, config: PreTrainedConfig, longest_edge: int) -> dict[str, int]:
-        side = math.ceil(longest_edge / side_multiple(config)) * side_multiple(config)
-        return {"height": side, "width": side}
+    def pad_size(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, int]:
+        if self.square_only:
+            height = width = max(height, width)
+        multiple = side_multiple(config)
+        return {"height": math.ceil(height / multiple) * multiple, "width": math.ceil(width / multiple) * multiple}
 
     def create(self, config: PreTrainedConfig, options: ModelOptions, weights: str | None) -> PreTrainedModel:
         model = self.model_class(config)
