@@ -23,13 +23,15 @@ from deperceiver_hf.benchmarks.variants import (
     deperceiver_v2_variant,
     deperceiver_variant,
     make_variant,
-    with_backbone,
+    maps_of,
+    place_of_backbone,
 )
 from deperceiver_hf.errors import UserError
 from deperceiver_hf.models.configuration_deperceiver_v2 import PRESETS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 SMALL = {"backbone": "resnet18", "num_latents": 24}
+PEERS = ("deimv2", "lw-detr", "rf-detr")
 
 
 @cache
@@ -280,19 +282,18 @@ def test_times_are_related_to_the_first_model():
     assert report.markdown().count("\n| d") == 2
 
 
-@pytest.mark.parametrize("name", ["detr-32", "detr-multiscale", "deperceiver-16", "deperceiver-v2-nano"])
+@pytest.mark.parametrize("name", ["detr-32", "detr-multiscale", "deperceiver-16", "deperceiver-v2-nano", *PEERS])
 def test_model_without_its_backbone_predicts_the_same(name):
-    model, pixel_values = make_variant(name, **SMALL), torch.randn(1, 3, 64, 64)
+    side = {"lw-detr": 320, "rf-detr": 280}.get(name, 256 if name in PEERS else 64)  # as many cells as queries
+    model, pixel_values = make_variant(name, **SMALL), torch.randn(1, 3, side, side)
     with torch.inference_mode():
         expected = model(pixel_values)
         backbone, rest = split_at_backbone(model, pixel_values)
         again, feature_maps = rest(pixel_values), backbone(pixel_values)
-    before, after = (value if isinstance(value, tuple) else value.to_tuple() for value in (expected, again))
-    assert torch.equal(before[0], after[0])
-    assert all(
-        torch.equal(a, b)
-        for (a, _), (b, _) in zip(feature_maps, with_backbone(rest).backbone.feature_maps, strict=True)
-    )
+    before, after = (value[0] if isinstance(value, tuple) else value.pred_boxes for value in (expected, again))
+    assert torch.equal(before, after)
+    fixed = getattr(*place_of_backbone(rest)).feature_maps
+    assert all(torch.equal(a, b) for a, b in zip(maps_of(feature_maps), maps_of(fixed), strict=True))
 
 
 def test_scaling_has_a_row_for_every_model_and_size(tmp_path):
@@ -390,27 +391,41 @@ def test_script_refuses_in_one_line(monkeypatch, capsys, arguments):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["deformable-detr", "rt-detr-v2", "d-fine"])
+@pytest.mark.parametrize("name", ["deformable-detr", "rt-detr-v2", "d-fine", *PEERS])
 def test_models_of_transformers_are_counted_and_timed(name):
     """On fake tensors, which have no contents, they cost what they cost on real ones."""
-    counted = count_cost(partial(make_variant, name, backbone="test_resnet", attn_implementation="eager"), 256, 256)
-    assert counted.tokens >= 32 * 32 + 16 * 16 + 8 * 8
+    side, tokens = {"lw-detr": (320, 20 * 20), "rf-detr": (280, 20 * 20)}.get(name, (256, 32 * 32 + 16 * 16 + 8 * 8))
+    counted = count_cost(partial(make_variant, name, backbone="test_resnet", attn_implementation="eager"), side, side)
+    assert counted.tokens == tokens
     model = make_variant(name, backbone="test_resnet", attn_implementation="eager").requires_grad_(False)
+    assert counted.backbone_parameters == sum(p.numel() for p in getattr(*place_of_backbone(model)).parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.randn(1, 3, 256, 256))
-    assert counted.flops == counter.get_total_flops()
-    report = compare_times([name], height=256, width=256, backbone="test_resnet", warmup=0, repeats=1, progress=False)
+        model(torch.randn(1, 3, side, side))
+    assert 0 < counted.backbone_flops < counted.flops == counter.get_total_flops()
+    report = compare_times(
+        [name], height=side, width=side, backbone="test_resnet", warmup=0, repeats=1, progress=False
+    )
     assert report.rows[name]["latency"] > 0
 
 
-@pytest.mark.parametrize("name", ["rt-detr-v2", "d-fine"])
-def test_sides_that_a_model_does_not_take_are_refused_before_any_work(name):
+@pytest.mark.parametrize(
+    ("name", "what", "width"),
+    [
+        ("rt-detr-v2", "images whose sides are multiples of 32", 250),
+        ("d-fine", "images whose sides are multiples of 32", 250),
+        ("deimv2", "images whose sides are multiples of 32", 250),
+        ("lw-detr", "images whose sides are multiples of 64", 416),
+        ("rf-detr", "square images whose sides are multiples of 56", 504),
+    ],
+)
+def test_sides_that_a_model_does_not_take_are_refused_before_any_work(name, what, width):
     for compare in (compare_costs, compare_times):
-        with pytest.raises(UserError, match=f"{name} takes images whose sides are multiples of 32"):
-            compare(["deperceiver-v2-nano", name], height=256, width=250)
+        with pytest.raises(UserError, match=f"{name} takes {what}"):
+            compare(["deperceiver-v2-nano", name], height=448, width=width)
 
 
 def test_without_names_all_are_counted_that_take_the_size(monkeypatch):
     monkeypatch.setattr(cost, "count_cost", lambda make, height, width: Cost(*[1] * 8))
-    assert list(compare_costs(height=256, width=256).rows) == list(VARIANT_NAMES)
-    assert set(VARIANT_NAMES) - set(compare_costs(height=256, width=250).rows) == {"rt-detr-v2", "d-fine"}
+    assert list(compare_costs(height=448, width=448).rows) == list(VARIANT_NAMES)
+    left_out = {"rt-detr-v2", "d-fine", *PEERS}
+    assert set(VARIANT_NAMES) - set(compare_costs(height=256, width=250).rows) == left_out

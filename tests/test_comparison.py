@@ -259,6 +259,17 @@ def test_fields_of_the_configuration_come_after_shared_ones():
     assert made.config == ["dropout=0.2", "init_std=0.5", "dropout=0.1"]
 
 
+def test_models_with_a_backbone_of_their_own_stand_beside_others(tmp_path):
+    """Also what is counted of them, and what is read back for the report."""
+    models = "deimv2,dec_layers=2 lwdetr=lw_detr,backbone=test_vit rfdetr=rf_detr,backbone=test_vit"
+    of_one_size = f"{SHARED} --longest_edge 64 --augmentation flip --dataset synthetic:image_size=64"
+    report = compare(tmp_path, models, "--steps 1", of_one_size)
+    rows = report.to_dict()["tables"]["steps-1"]
+    assert list(rows) == ["deimv2", "lwdetr", "rfdetr"]
+    assert report.to_dict()["failures"] == []
+    assert all(row["flops"] > 1e6 and row["parameters"] > 1e5 and 0 <= row["ap"] <= 1 for row in rows.values())
+
+
 def test_a_saved_model_of_any_architecture_can_be_compared():
     options = parse_arguments(command(Path("out"), "detr,model=there", "--steps 1", "--dataset synthetic"))
     made = options.training_options(options.models[0], Path("out"), 1e-3, 0, steps=1)

@@ -88,7 +88,7 @@ def test_weights_are_evaluated_with_and_without_their_average(tmp_path):
     assert averaged.keys() == plain.keys()
 
 
-@pytest.mark.parametrize("architecture", ["deperceiver_v2", "rt_detr_v2", "detr"])
+@pytest.mark.parametrize("architecture", ["deperceiver_v2", "rt_detr_v2", "detr", "deimv2", "lw_detr", "rf_detr"])
 def test_kept_features_are_those_of_the_backbone(tmp_path, architecture):
     """Up to the order of sums, which training makes larger: images go through the backbone one by one."""
     options = {**FIXED, "lr_backbone": 0.0, "epochs": 2, "eval_every": 2}
@@ -100,7 +100,8 @@ def test_kept_features_are_those_of_the_backbone(tmp_path, architecture):
         runs[cached] = DetectionTrainer(chosen)
         runs[cached].train()
     losses = [[line["loss"] for line in read_log(tmp_path / f"{cached}", "train")][:6] for cached in (False, True)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    rel = 1e-2 if architecture == "deimv2" else 1e-3  # all of its layers learn what any of them matches
+    assert losses[0] == pytest.approx(losses[1], rel=rel)
     load_detector(str(tmp_path / "True" / "last"))
 
 

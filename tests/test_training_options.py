@@ -22,7 +22,7 @@ from deperceiver_hf.training import (
     parse_arguments,
 )
 from deperceiver_hf.training.architectures import ARCHITECTURES
-from deperceiver_hf.training.architectures.options import OF_TRANSFORMERS
+from deperceiver_hf.training.architectures.options import WITH_ENCODER
 from deperceiver_hf.training.arguments import make_parser
 from deperceiver_hf.training.building import backbone_parameters, pretrained_backbone_name
 from training_runs import TINY_DEPERCEIVER, TINY_DETR, tiny_options
@@ -139,7 +139,7 @@ def test_weights_of_the_backbone(flags, weights):
     [
         ("--downsample_factor 5", "downsample_factor"),
         ("--architecture detr --num_latents 5", "--num_latents"),
-        ("--enc_layers 3", "--architecture detr, deformable_detr, rt_detr_v2 or d_fine only"),
+        ("--enc_layers 3", "--architecture detr, deformable_detr, rt_detr_v2, d_fine or deimv2 only"),
         ("--model there --multiscale --backbone resnet18", "--backbone, --multiscale"),
         ("--multiscale --downsample_factor 8", "8, 16 and 32"),
         ("--architecture deperceiver --no_aux_loss --dec_layers 4", "single cross-attention"),
@@ -201,8 +201,10 @@ BILINEAR, BICUBIC = 2, 3
         ("--backbone inception_v4 --pretrained_backbone unknown", True, BICUBIC),
         ("--architecture deperceiver_v2 --preset nano", True, BILINEAR),
         ("--architecture deperceiver_v2 --preset small", False, BILINEAR),
-        *((f"--architecture {name} --backbone test_resnet", True, BILINEAR) for name in OF_TRANSFORMERS),
-        *((f"--architecture {name}", False, BILINEAR) for name in OF_TRANSFORMERS),
+        *((f"--architecture {name} --backbone test_resnet", True, BILINEAR) for name in WITH_ENCODER),
+        *((f"--architecture {name}", False, BILINEAR) for name in WITH_ENCODER),
+        ("--architecture lw_detr", True, BICUBIC),
+        ("--architecture rf_detr", False, BICUBIC),
     ],
 )
 def test_images_are_prepared_as_the_weights_expect(flags, half, resample):

@@ -47,6 +47,9 @@ TINY_ARCHITECTURES = {
     "deformable_detr": {**_TINY_RIVAL, "architecture": "deformable_detr", "enc_layers": 1, "hidden_dim": 64},
     "rt_detr_v2": {**_TINY_RIVAL, "architecture": "rt_detr_v2"},
     "d_fine": {**_TINY_RIVAL, "architecture": "d_fine"},
+    "deimv2": {**_TINY_RIVAL, "architecture": "deimv2"},
+    "lw_detr": {**_TINY_RIVAL, "architecture": "lw_detr", "backbone": "test_vit"},
+    "rf_detr": {**_TINY_RIVAL, "architecture": "rf_detr", "backbone": "test_vit"},
 }
 
 

@@ -253,6 +253,23 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> 
     is_timm = backbone.config.model_type == "timm_backbone"
     target = backbone._backbone if is_timm else backbone
     weights = _read_timm_weights(backbone, source) if is_timm else _read_transformers_weights(backbone, source)
+    fill_with_weights(target, weights, source, _describe(backbone))
+
+
+def fill_with_weights(
+    target: torch.nn.Module, weights: dict[str, torch.Tensor], source: str | PathLike, described: str
+) -> None:
+    """Load all that a backbone has of some weights, which may have more, in place.
+
+    Args:
+        target: The backbone.
+        weights: By the names of the backbone's own.
+        source: Where they come from, and
+        described: what the backbone is, for errors.
+
+    Raises:
+        ValueError: Some are missing, of another shape, or not finite.
+    """
     expected = {name: tensor for name, tensor in target.state_dict().items() if "num_batches_tracked" not in name}
     # Classifier and stages behind the last feature map are not part of the backbone.
     usable = {name: tensor for name, tensor in weights.items() if name in expected and torch.is_tensor(tensor)}
@@ -260,7 +277,7 @@ def load_backbone_weights(backbone: PreTrainedModel, source: str | PathLike) -> 
     problems += sorted(name for name, tensor in usable.items() if tensor.shape != expected[name].shape)
     if problems:
         raise UserError(
-            f"the weights of {str(source)!r} do not fit the backbone {_describe(backbone)}: {len(problems)} of its "
+            f"the weights of {str(source)!r} do not fit the backbone {described}: {len(problems)} of its "
             f"{len(expected)} tensors are missing there or have another shape, such as {problems[:3]}. Name weights "
             f"of the same architecture."
         )
@@ -305,13 +322,7 @@ def _describe(backbone: PreTrainedModel) -> str:
 
 def _read_timm_weights(backbone: PreTrainedModel, source: str | PathLike) -> dict[str, torch.Tensor]:
     config = backbone.config
-    if Path(source).is_file():
-        from timm.models import load_state_dict
-
-        try:
-            weights = load_state_dict(str(source), use_ema=True)
-        except Exception as error:  # whatever the file's format makes of it
-            raise OSError(f"{str(source)!r} cannot be read as a checkpoint: {error}") from error
+    if (weights := read_weights_file(source)) is not None:
         feature_net = timm.create_model(
             config.backbone, pretrained=False, features_only=True, out_indices=tuple(config.out_indices)
         )
@@ -319,16 +330,42 @@ def _read_timm_weights(backbone: PreTrainedModel, source: str | PathLike) -> dic
             return weights
         # A classifier's names have dots where a feature extractor's have underscores (`stages.0` / `stages_0`).
         return {_feature_net_name(name, feature_net): tensor for name, tensor in weights.items()}
+    return read_pretrained_weights(
+        source, features_only=True, in_chans=config.num_channels, out_indices=tuple(config.out_indices)
+    )
+
+
+def read_weights_file(source: str | PathLike) -> dict[str, torch.Tensor] | None:
+    """The state dict in a local file; `None` if this is not the name of a file.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+    """
+    if Path(source).is_file():
+        from timm.models import load_state_dict
+
+        try:
+            return load_state_dict(str(source), use_ema=True)
+        except Exception as error:  # whatever the file's format makes of it
+            raise OSError(f"{str(source)!r} cannot be read as a checkpoint: {error}") from error
     if Path(source).suffix in _FILE_SUFFIXES:
         raise FileNotFoundError(f"there is no file {str(source)!r} with backbone weights.")
+    return None
+
+
+def read_pretrained_weights(source: str | PathLike, **options: Any) -> dict[str, torch.Tensor]:
+    """The state dict of a timm model with its weights.
+
+    Args:
+        source: Its name.
+        options: Of `timm.create_model`.
+
+    Raises:
+        OSError: The weights cannot be had.
+        ValueError: timm has no such model.
+    """
     try:
-        pretrained = timm.create_model(
-            str(source),
-            pretrained=True,
-            features_only=True,
-            in_chans=config.num_channels,
-            out_indices=tuple(config.out_indices),
-        )
+        pretrained = timm.create_model(str(source), pretrained=True, **options)
     except Exception as error:  # timm and huggingface_hub raise many kinds, offline ones among them
         if isinstance(error, RuntimeError) and "Unknown model" in str(error):
             raise UserError(

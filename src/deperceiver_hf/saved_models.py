@@ -134,7 +134,7 @@ def load_model(
         config: from `load_config`, perhaps changed.
         model_class: whose `from_pretrained` reads it.
         saved_queries: number of object queries of the saved model, if `config` may have another one: the weights that
-            are as long as that are then new ones, with a warning.
+            are as long as that, or as some groups of so many, are then new ones, with a warning.
         options: of `from_pretrained`.
 
     Raises:
@@ -275,11 +275,16 @@ def _require_all_weights(
 ) -> None:
     """Refuse weights that do not fill the model, which transformers only warns of, leaving random numbers."""
     config, shapes = model.config, {name: tuple(map(tuple, sizes)) for name, *sizes in report["mismatched_keys"]}
-    resized = (saved_queries, getattr(config, "num_queries", None)) if saved_queries is not None else None
+    queries = getattr(config, "num_queries", None)
     new = {
         name
         for name, (saved, asked) in shapes.items()
-        if len(saved) == len(asked) and all(a == b or (a, b) == resized for a, b in zip(saved, asked, strict=True))
+        if saved_queries is not None
+        and len(saved) == len(asked)
+        and all(
+            a == b or (a % saved_queries == 0 and a * queries == b * saved_queries)
+            for a, b in zip(saved, asked, strict=True)
+        )
     }
     lacking = [
         *sorted(set(report["missing_keys"]) - shapes.keys()),

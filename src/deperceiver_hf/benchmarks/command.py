@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_latents", type=int, default=DEFAULT_NUM_LATENTS, help="Of the first DePerceiver (%(default)s)."
     )
     shared.add_argument(
-        "--backbone", help="Name of a timm model, for all (resnet50, and each preset of DePerceiver v2 its own)."
+        "--backbone",
+        help="Name of a timm model, for all but lw-detr and rf-detr, which have one of their own (resnet50, and each "
+        "preset of DePerceiver v2 its own).",
     )
     shared.add_argument("--output", help="Write the report to this .json or .md file, too.")
     image = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

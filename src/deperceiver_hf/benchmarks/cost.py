@@ -72,8 +72,9 @@ from .variants import (
     check_models,
     check_sides,
     make_variant,
+    maps_of,
+    place_of_backbone,
     takes_sides,
-    with_backbone,
 )
 
 MATRIX_PRODUCTS = (
@@ -91,7 +92,7 @@ class Cost:
     """Cost of the forward pass for one image.
 
     Attributes:
-        tokens: Cells of the feature maps.
+        tokens: Cells of the feature maps; those of maps of one size, such as a vision transformer's, count once.
         parameters: Of the whole model, trained or not.
         backbone_parameters: Those of the backbone.
         backbone_flops: FLOPs of the backbone.
@@ -133,13 +134,13 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
     implementation = model.config._attn_implementation
     if implementation != "eager":
         raise UserError(f"attention must be eager to count its weights, but is {implementation!r}.")
-    backbone = with_backbone(model).backbone
+    backbone = getattr(*place_of_backbone(model))
     tokens = backbone_flops = 0
     flops, activations, memory = FlopCounterMode(display=False), _ActivationCounter(), _MemoryCounter()
 
-    def after_backbone(_, args: tuple, feature_maps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    def after_backbone(_, args: tuple, output: Any) -> None:
         nonlocal tokens, backbone_flops
-        tokens = sum(math.prod(features.shape[-2:]) for features, _ in feature_maps)
+        tokens = sum(math.prod(size) for size in {features.shape[-2:] for features in maps_of(output)})
         backbone_flops = flops.get_total_flops()
         activations.reset()
         memory.reset_peak()
@@ -170,7 +171,7 @@ def count_peak_memory(make_model: Callable[[], nn.Module], height: int, width: i
     check_image_size(height, width)
     model = _make_without_contents(make_model)
     memory = _MemoryCounter()
-    with_backbone(model).backbone.register_forward_hook(lambda *_: memory.reset_peak())
+    getattr(*place_of_backbone(model)).register_forward_hook(lambda *_: memory.reset_peak())
     _run_without_contents(model, (1, num_channels, height, width), memory)
     return memory.peak
 

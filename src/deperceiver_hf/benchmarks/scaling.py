@@ -21,7 +21,7 @@ from ..output_files import atomic_path, require_writable_file
 from .cost import check_at_least_one, check_image_size, count_cost, count_peak_memory
 from .report import BenchmarkReport, require_matplotlib
 from .timing import time_models
-from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, check_sides, make_variant, with_backbone
+from .variants import DEFAULT_NUM_LATENTS, OWN_BACKBONES, check_models, check_sides, make_variant, place_of_backbone
 
 SCALED_BY_DEFAULT = (
     *("detr-32", "detr-16", "detr-multiscale"),
@@ -152,12 +152,12 @@ def check_figure(path: str | os.PathLike) -> Path:
 class FixedBackbone(nn.Module):
     """Stands in for a backbone and returns the same feature maps at once, so that only what follows takes time."""
 
-    def __init__(self, feature_maps: list[tuple[torch.Tensor, torch.Tensor | None]], strides: list[int] | None):
+    def __init__(self, feature_maps: Any, strides: list[int] | None):
         super().__init__()
         self.feature_maps = feature_maps
         self.strides = strides
 
-    def forward(self, *args, **kwargs) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def forward(self, *args, **kwargs) -> Any:
         return self.feature_maps
 
 
@@ -168,7 +168,7 @@ class BackboneCall(nn.Module):
         super().__init__()
         self.backbone, self.args, self.kwargs = backbone, args, kwargs
 
-    def forward(self, pixel_values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def forward(self, pixel_values: torch.Tensor) -> Any:
         return self.backbone(*self.args, **self.kwargs)
 
 
@@ -179,12 +179,12 @@ def split_at_backbone(model: nn.Module, pixel_values: torch.Tensor) -> tuple[nn.
     The model is changed in place.
     """
     calls = []
-    holder = with_backbone(model)
-    backbone = holder.backbone
+    holder, name = place_of_backbone(model)
+    backbone = getattr(holder, name)
     with backbone.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True):
         model(pixel_values)
     args, kwargs, feature_maps = calls[0]
-    holder.backbone = FixedBackbone(feature_maps, getattr(backbone, "strides", None))
+    setattr(holder, name, FixedBackbone(feature_maps, getattr(backbone, "strides", None)))
     return BackboneCall(backbone, args, kwargs), model
 
 

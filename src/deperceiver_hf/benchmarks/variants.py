@@ -4,7 +4,8 @@ of transformers that can be trained beside them.
 
 A name is an architecture and a scale or size, if it has several, such as `deperceiver-16`, `deperceiver-v2-base` or
 `rt-detr-v2`. All are made by the registry of architectures, with random weights and the same classes, and on the same
-backbone unless a size of v2 brings its own; they are for counting and timing, not for training.
+backbone unless a size of v2 brings its own; LW-DETR and RF-DETR always have their own. They are for counting and
+timing, not for training.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..models.modeling_deperceiver import DePerceiverModel
 from ..training.architectures import ARCHITECTURES
 from ..training.architectures.architecture import Architecture
+from ..training.architectures.backbones import backbone_of
 
 SCALES = {"32": [32], "16": [16], "8": [8], "4": [4], "multiscale": [8, 16, 32]}
 DEFAULT_BACKBONE = "resnet50"
@@ -57,6 +59,9 @@ VARIANTS = {
     "deformable-detr": Variant("deformable_detr", {}),
     "rt-detr-v2": Variant("rt_detr_v2", {}),
     "d-fine": Variant("d_fine", {}),
+    "deimv2": Variant("deimv2", {}),
+    "lw-detr": Variant("lw_detr", {}),
+    "rf-detr": Variant("rf_detr", {}),
 }
 VARIANT_NAMES = tuple(VARIANTS)
 
@@ -110,6 +115,7 @@ def make_variant(
     Args:
         name: One of [`VARIANT_NAMES`].
         backbone: Name of a timm model; if not given, the preset's for DePerceiver v2 and ResNet-50 for the others.
+            LW-DETR and RF-DETR keep their own.
         num_latents: Length of the latent array of the first DePerceiver; the others have none of free length.
         attn_implementation: `"eager"`, `"sdpa"`, or another of transformers'.
 
@@ -125,7 +131,8 @@ def make_variant(
     options = dict(variant.options)
     if variant.architecture == "deperceiver":
         options["num_latents"] = num_latents
-    if backbone is not None or variant.architecture != "deperceiver_v2":  # whose sizes bring their own
+    brings_its_own = variant.architecture == "deperceiver_v2" and backbone is None
+    if variant.kind.own_backbone is None and not brings_its_own:
         options["backbone"] = backbone or DEFAULT_BACKBONE
     config = variant.kind.plain_config(ORIGINAL_NUM_LABELS, **options)
     return variant.kind.random_model(config, attn_implementation)
@@ -169,9 +176,18 @@ def make_detr(
     return MultiscaleDetr(detr.random_model(config, attn_implementation), tokens).eval()
 
 
-def with_backbone(model: nn.Module) -> nn.Module:
-    """The part of a variant that has the attribute `backbone`, whose output is a list of feature maps with masks."""
-    return model if isinstance(model, MultiscaleDetr) else model.model
+def place_of_backbone(model: nn.Module) -> tuple[nn.Module, str]:
+    """The part of a variant that has its backbone as an attribute, and the attribute's name."""
+    backbone = model.backbone if isinstance(model, MultiscaleDetr) else backbone_of(model)
+    (path,) = [name for name, module in model.named_modules() if module is backbone]
+    holder, _, name = path.rpartition(".")
+    return model.get_submodule(holder), name
+
+
+def maps_of(output: Any) -> list[torch.Tensor]:
+    """Feature maps `(B, C, H, W)` that a variant's backbone returns: with masks in a list, or as transformers'
+    backbones do."""
+    return list(output.feature_maps) if hasattr(output, "feature_maps") else [features for features, _ in output]
 
 
 class MultiscaleDetr(nn.Module):
@@ -222,13 +238,15 @@ def check_sides(models: Sequence[str], height: int, width: int) -> None:
     """Refuse a size of images that one of the models does not take with a `ValueError`."""
     for name in models:
         if not takes_sides(name, height, width):
+            kind = VARIANTS[name].kind
             raise UserError(
-                f"{name} takes images whose sides are multiples of {VARIANTS[name].kind.side_multiple} only, not "
-                f"{height} x {width}: give other sides, or leave it out of --models."
+                f"{name} takes {'square ' if kind.square_only else ''}images whose sides are multiples of "
+                f"{kind.side_multiple} only, not {height} x {width}: give other sides, or leave it out of --models."
             )
 
 
 def takes_sides(name: str, height: int, width: int) -> bool:
     """Whether a model takes images of this size."""
-    multiple = VARIANTS[name].kind.side_multiple
-    return height % multiple == 0 and width % multiple == 0
+    kind = VARIANTS[name].kind
+    fits = height % kind.side_multiple == 0 and width % kind.side_multiple == 0
+    return fits and (height == width or not kind.square_only)

@@ -21,7 +21,7 @@ from ..models.backbone_deperceiver import keep_frozen_parts
 from ..saved_models import load_config, load_image_processor, load_model
 from .architectures import ARCHITECTURES
 from .architectures.architecture import Architecture, as_declared, label_fields
-from .architectures.backbones import TransformersArchitecture
+from .architectures.backbones import TransformersArchitecture, backbone_of
 from .architectures.options import DEFAULT_IMAGE_SIZE
 from .arguments import TrainingOptions
 
@@ -79,6 +79,7 @@ def build_image_processor(options: TrainingOptions) -> Any:
         )
         size = DEFAULT_IMAGE_SIZE | {key: processor.size[key] for key in DEFAULT_IMAGE_SIZE if processor.size.get(key)}
         processor.size = type(processor.size)(**options.image_size(size))
+        _fit_padding(processor, options.chosen_architecture, _new_config(options))
         return processor
     processor = (
         ARCHITECTURES[options.chosen_architecture].image_processor_class(**detector_preprocessing(source))
@@ -94,6 +95,8 @@ def build_image_processor(options: TrainingOptions) -> Any:
             logger.warning(f"Images become {_described(options.image_size(DEFAULT_IMAGE_SIZE | size))}, not {before}.")
         processor.do_resize = True
     processor.size = type(processor.size)(**options.image_size(DEFAULT_IMAGE_SIZE | size))
+    if options.model is not None and (config := load_config(options.model)).model_type in ARCHITECTURES:
+        _fit_padding(processor, config.model_type, config)
     pad_size = getattr(processor, "pad_size", None)
     if pad_size and min(pad_size["height"], pad_size["width"]) < max(filter(None, dict(processor.size).values())):
         raise UserError(
@@ -103,15 +106,29 @@ def build_image_processor(options: TrainingOptions) -> Any:
     return processor
 
 
+def _fit_padding(processor: Any, architecture: str, config: PreTrainedConfig) -> None:
+    """Let an image processor pad to a size that the model takes, in place, where it takes few."""
+    size = processor.size
+    largest = (size.height, size.width) if size.height else (size.longest_edge, size.longest_edge)
+    pad_size = ARCHITECTURES[architecture].pad_size(config, *largest)
+    if pad_size is not None:
+        processor.pad_size = type(processor.size)(**pad_size)
+
+
+def _new_config(options: TrainingOptions) -> PreTrainedConfig:
+    """Configuration of a new model, whatever its classes."""
+    return ARCHITECTURES[options.chosen_architecture].make_config(options, ["object"])
+
+
 def preprocessing_of_new_model(options: TrainingOptions) -> dict[str, Any]:
     """Mean, standard deviation and resampling that the weights of a new model's backbone expect.
 
     Torchvision's weights of a ResNet, the default, expect what the original does: ImageNet's numbers and bilinear.
     A backbone of transformers takes them from the image processor that is saved with its weights, if there is one.
     """
-    config = ARCHITECTURES[options.chosen_architecture].make_config(options, ["object"])
+    config = _new_config(options)
     weights = pretrained_backbone_name(options, config)
-    backbone = getattr(config.backbone_config, "backbone", None)
+    backbone = ARCHITECTURES[options.chosen_architecture].timm_backbone(options, config)
     try:
         return backbone_preprocessing(weights, backbone)
     except (UserError, OSError) as error:
@@ -137,7 +154,7 @@ def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig)
         return options.start_from
     if options.pretrained_backbone is not None:
         return options.pretrained_backbone
-    backbone = getattr(config.backbone_config, "backbone", None)
+    backbone = ARCHITECTURES[options.chosen_architecture].timm_backbone(options, config)
     if backbone is None:
         raise UserError(
             f"no weights are known for a backbone of type {config.backbone_config.model_type}: give "
@@ -147,8 +164,9 @@ def pretrained_backbone_name(options: TrainingOptions, config: PreTrainedConfig)
 
 
 def backbone_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters of the convolutional backbone, by name: what `--lr_backbone` applies to."""
-    return {name: parameter for name, parameter in model.named_parameters() if "backbone" in name.split(".")}
+    """Parameters of the backbone, by name: what `--lr_backbone` applies to."""
+    own = {id(parameter) for parameter in backbone_of(model).parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def training_mode(model: torch.nn.Module) -> None:

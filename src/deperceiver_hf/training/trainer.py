@@ -19,6 +19,7 @@ from ..data.sampling import iterating
 from ..evaluation.coco_metric import areas_of_sizes
 from ..evaluation.evaluator import InterruptedEvaluationError, as_percent, evaluate_detector
 from ..output_files import require_writable_directory, write_json
+from .architectures.backbones import backbone_of
 from .arguments import TrainingOptions
 from .averaging import WeightAverage
 from .building import build_model, training_mode
@@ -110,7 +111,7 @@ class DetectionTrainer:
             else WeightAverage(self.accelerator.unwrap_model(self.model), options.ema_decay)
         )
         if options.cache_features:
-            FeatureCache(*(model.model.backbone for model in self._models))
+            FeatureCache(*(backbone_of(model) for model in self._models))
 
     @property
     def _models(self) -> list[PreTrainedModel]:

@@ -28,10 +28,14 @@ class Architecture:
             a dictionary of scalars for the log.
         image_processor_class: Processor that is saved with a new model; its `post_process_object_detection` reads the
             model's outputs.
-        side_multiple: Height and width of its images must be multiples of it.
+        side_multiple: Height and width of its images must be multiples of it, unless it is configured otherwise.
+        square_only: Whether height and width must be equal.
+        own_backbone: Timm model that its backbone is like, if it has a kind of its own and none that others share.
     """
 
     side_multiple: ClassVar[int] = 1
+    square_only: ClassVar[bool] = False
+    own_backbone: ClassVar[str | None] = None
     model_class: ClassVar[type[PreTrainedModel]]
     image_processor_class: ClassVar[type]
 
@@ -61,6 +65,19 @@ class Architecture:
             weights: Name of the backbone's weights; `None` leaves it random.
         """
         return self.model_class(config) if weights is None else create_model(config, weights)
+
+    def timm_backbone(self, options: ModelOptions, config: PreTrainedConfig) -> str | None:
+        """Name of the timm model whose weights the backbone of a new model takes; `None` if it is like none."""
+        return getattr(config.backbone_config, "backbone", None)
+
+    def pad_size(self, config: PreTrainedConfig, height: int, width: int) -> dict[str, int] | None:
+        """Height and width that the image processor pads every image to; `None` if only to the others of a batch.
+
+        Args:
+            config: Of the model.
+            height, width: The most that images have, in pixels.
+        """
+        return None
 
     def saved_fields(self, options: ModelOptions, config: PreTrainedConfig) -> dict[str, Any]:
         """Fields of a saved model's configuration `config` that the options change."""

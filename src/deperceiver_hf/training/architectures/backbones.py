@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The timm backbone inside of transformers' own detectors: which one, with which weights, how much of it is trained.
 
-What DePerceiver's configuration says of its backbone is done here for models whose configuration cannot say it.
+What DePerceiver's configuration says of its backbone is done here for models whose configuration cannot say it. The
+vision transformers of LW-DETR and RF-DETR are in `vision_transformers`.
 """
 
 from typing import Any
@@ -34,6 +35,14 @@ class TransformersArchitecture(Architecture):
         """Start a new model, but for its backbone, as its authors did where transformers does not."""
 
 
+def backbone_of(detector: PreTrainedModel) -> nn.Module:
+    """The backbone of a detector of any architecture, without what projects its feature maps."""
+    model = detector.model
+    if hasattr(model, "conv_encoder"):  # DEIMv2, with the projections of its maps beside it
+        return getattr(model.conv_encoder, "model", None) or model.conv_encoder.backbone
+    return getattr(model.backbone, "backbone", model.backbone)  # LW-DETR and RF-DETR keep the projector beside it
+
+
 def timm_backbone_config(name: str | None, strides: list[int], dilation: bool = False) -> PreTrainedConfig:
     """Configuration of a timm backbone that returns the feature maps of these strides; ResNet-50 by default.
 
@@ -56,16 +65,38 @@ def feature_channels(config: PreTrainedConfig) -> list[int]:
     return backbone.feature_info.channels()
 
 
+def norms_activate(config: PreTrainedConfig) -> bool:
+    """Whether the batch norms of a timm backbone hold the activation behind them, as those of EfficientNets do.
+
+    transformers' own detectors replace a norm that they freeze by one without it, and nothing but linear maps is left.
+    """
+    with torch.device("meta"):
+        backbone = timm.create_model(config.backbone, features_only=True, out_indices=tuple(config.out_indices))
+    return any(
+        isinstance(module, nn.BatchNorm2d) and not isinstance(getattr(module, "act", None), nn.Identity | None)
+        for module in backbone.modules()
+    )
+
+
+def require_plain_norms(config: PreTrainedConfig, kind: str) -> None:
+    """Refuse a backbone that a `kind` of detector would rob of its activations, see [`norms_activate`]."""
+    if norms_activate(config):
+        raise UserError(
+            f"--backbone {config.backbone} holds its activations in its batch norms, which transformers replaces in a "
+            f"{kind} by frozen ones without: take another backbone, such as resnet50, or another architecture."
+        )
+
+
 def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: bool) -> None:
     """Put weights into the timm backbone of a new detector, in place.
 
-    transformers replaces batch normalisation by a frozen one. With pretrained weights that stays, and the stem and the
-    first stage are not trained, as in DETR's paper. From scratch the norms must learn: RT-DETRv2 and D-FINE are
-    configured to keep them; in the others those of timm are put back, and what they have learned is read by the frozen
-    ones of the same names when the model is loaded again.
+    transformers replaces batch normalisation by a frozen one, or it is frozen here. With pretrained weights that
+    stays, and the stem and the first stage are not trained, as in DETR's paper. From scratch the norms must learn:
+    RT-DETRv2, D-FINE and DEIMv2 are configured to keep them; in the others those of timm are put back, and what they
+    have learned is read by the frozen ones of the same names when the model is loaded again.
 
     Args:
-        model: With its backbone in `model.model.backbone.model`.
+        model: With its backbone in `model.model.backbone.model` or, DEIMv2's, `model.model.conv_encoder.model`.
         weights: See [`~deperceiver_hf.create_model`]; `None` if a training state will bring them.
         from_scratch: Start from random weights and train all of them.
 
@@ -75,8 +106,8 @@ def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: 
     """
     if model.config.backbone_config.model_type != "timm_backbone":
         raise UserError(f"a {model.config.model_type} is trained with a timm backbone only: see --backbone.")
-    encoder = model.model.backbone
-    wrapped = hasattr(encoder.model, "_backbone")  # by transformers' backbone class, as in RT-DETRv2 and D-FINE
+    encoder = getattr(model.model, "conv_encoder", None) or model.model.backbone
+    wrapped = hasattr(encoder.model, "_backbone")  # by transformers' class, as in RT-DETRv2, D-FINE and DEIMv2
     if from_scratch:
         if not wrapped:
             encoder.model = AutoBackbone.from_config(model.config.backbone_config)._backbone
@@ -85,7 +116,8 @@ def fill_backbone(model: PreTrainedModel, weights: str | None, *, from_scratch: 
                     module.num_batches_tracked = None  # the frozen norms know no such name
             encoder.model.register_load_state_dict_post_hook(_forget_batch_counters)
         return
-    freeze_early_stages(encoder)
+    freeze_early_stages(encoder.model)
+    freeze_norms(encoder.model)
     if weights is not None:
         backbone = AutoBackbone.from_config(model.config.backbone_config)
         load_backbone_weights(backbone, weights)
@@ -102,11 +134,22 @@ def freeze_early_stages(backbone: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+def freeze_norms(backbone: nn.Module) -> None:
+    """Train no batch norm; those that transformers has not replaced are then kept in evaluation mode."""
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+
+
 def freeze_saved_backbone(model: PreTrainedModel) -> None:
-    """Freeze the early stages of a saved model, unless it was trained from scratch and its norms still learn."""
-    backbone = model.model.backbone
-    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+    """Freeze the early stages of a saved model's convolutional backbone, unless it was trained from scratch and its
+    norms still learn."""
+    backbone = backbone_of(model)
+    is_vit = model.config.backbone_config.model_type == "dinov3_vit"  # of DEIMv2's larger sizes; trained as a whole
+    counters = [module.num_batches_tracked for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not is_vit and all(counter is not None and counter == 0 for counter in counters):
         freeze_early_stages(backbone)
+        freeze_norms(backbone)
 
 
 def _forget_batch_counters(backbone: nn.Module, keys: Any) -> None:

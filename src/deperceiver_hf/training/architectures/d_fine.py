@@ -4,11 +4,14 @@ Refinement")."""
 
 import transformers
 
+from .distribution_loss import DFineCriterion, DistributionLoss
 from .hybrid_encoder import HybridEncoderArchitecture, HybridEncoderDetector
 
 
-class DFineForObjectDetection(HybridEncoderDetector, transformers.DFineForObjectDetection):
-    """transformers' D-FINE with its own loss; a saved one is transformers' own class again."""
+class DFineForObjectDetection(HybridEncoderDetector, DistributionLoss, transformers.DFineForObjectDetection):
+    """transformers' D-FINE with its loss as in `distribution_loss`; a saved one is transformers' own class again."""
+
+    criterion_class = DFineCriterion
 
 
 class DFineArchitecture(HybridEncoderArchitecture):

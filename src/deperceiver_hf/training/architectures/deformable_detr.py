@@ -12,7 +12,13 @@ from transformers import DeformableDetrConfig
 from ...errors import UserError
 from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from .architecture import common_fields, new_config, scalars
-from .backbones import TransformersArchitecture, freeze_early_stages, keep_boxes_in_float32, timm_backbone_config
+from .backbones import (
+    TransformersArchitecture,
+    freeze_early_stages,
+    keep_boxes_in_float32,
+    require_plain_norms,
+    timm_backbone_config,
+)
 from .float32_loss import OwnLossInFloat32
 from .options import ModelOptions
 
@@ -68,8 +74,10 @@ class DeformableDetrArchitecture(TransformersArchitecture):
         if hidden_dim is not None and hidden_dim % NORM_GROUPS:
             raise UserError(f"--hidden_dim {hidden_dim}: a deformable_detr needs a multiple of {NORM_GROUPS}.")
         feedforward = options.dim_feedforward or (hidden_dim and FEEDFORWARD_RATIO * hidden_dim)
+        backbone_config = timm_backbone_config(options.backbone, [8, 16, 32])
+        require_plain_norms(backbone_config, self.name)
         fields = {
-            "backbone_config": timm_backbone_config(options.backbone, [8, 16, 32]),
+            "backbone_config": backbone_config,
             "with_box_refine": True,
             "auxiliary_loss": not options.no_aux_loss,
             "position_embedding_type": options.position_embedding,

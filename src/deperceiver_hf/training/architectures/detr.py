@@ -10,7 +10,13 @@ from ...errors import UserError
 from ...models.image_processing_deperceiver import DePerceiverImageProcessor
 from ...models.loss_deperceiver import set_prediction_loss
 from .architecture import common_fields, new_config
-from .backbones import TransformersArchitecture, compute_in_float32, freeze_early_stages, timm_backbone_config
+from .backbones import (
+    TransformersArchitecture,
+    compute_in_float32,
+    freeze_early_stages,
+    require_plain_norms,
+    timm_backbone_config,
+)
 from .options import ModelOptions
 
 
@@ -69,8 +75,10 @@ class DetrArchitecture(TransformersArchitecture):
             raise UserError(
                 f"--dilation changes the stage of stride 32, which --downsample_factor {stride} leaves out."
             )
+        backbone_config = timm_backbone_config(options.backbone, [stride], options.dilation)
+        require_plain_norms(backbone_config, self.name)
         fields = {
-            "backbone_config": timm_backbone_config(options.backbone, [stride], options.dilation),
+            "backbone_config": backbone_config,
             "dilation": options.dilation,
             "position_embedding_type": options.position_embedding,
             "d_model": options.hidden_dim,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What RT-DETRv2 and D-FINE share: the hybrid encoder, contrastive denoising, and images without padding."""
+"""What RT-DETRv2, D-FINE and DEIMv2 share: the hybrid encoder, contrastive denoising, and images without padding."""
 
 import math
 from typing import Any
@@ -13,9 +13,11 @@ from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcesso
 from .architecture import new_config, scalars
 from .backbones import (
     TransformersArchitecture,
+    backbone_of,
     feature_channels,
     freeze_saved_backbone,
     keep_boxes_in_float32,
+    norms_activate,
     timm_backbone_config,
 )
 from .float32_loss import OwnLossInFloat32
@@ -24,11 +26,12 @@ from .options import ModelOptions
 STRIDES = [8, 16, 32]
 SAME_SPREAD = 0.25  # relative difference up to which weights count as drawn with transformers' standard deviation
 FEEDFORWARD_RATIO = 4  # hidden width of an MLP, relative to the model's
+PRIOR_PROBABILITY = 0.01  # of a class
 BOX_HEADS = ("bbox_embed", "enc_bbox_head", "pre_bbox_head")
 
 
 class HybridEncoderDetector(OwnLossInFloat32):
-    """Mix-in that trains transformers' RT-DETRv2 or D-FINE with its own loss.
+    """Mix-in that trains transformers' RT-DETRv2, D-FINE or DEIMv2 with its own loss.
 
     That loss is the sum over the proposals of the encoder, all decoder layers and the denoising queries. On several
     processes it is divided by the number of objects of each process, as in transformers: not the joint batch's. An
@@ -57,7 +60,7 @@ class HybridEncoderDetector(OwnLossInFloat32):
         self._check_images(pixel_values, pixel_mask)
         outputs = super().forward(pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
         if labels is not None:
-            outputs.loss_dict = scalars(outputs.loss_dict, "loss_vfl", "loss_bbox", "loss_giou")
+            outputs.loss_dict = scalars(outputs.loss_dict, "loss_vfl", "loss_mal", "loss_bbox", "loss_giou")
         return outputs
 
     def _check_images(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
@@ -81,7 +84,7 @@ class HybridEncoderDetector(OwnLossInFloat32):
 
 
 class HybridEncoderArchitecture(TransformersArchitecture):
-    """RT-DETRv2 or D-FINE, on the maps of strides 8, 16 and 32 of the same backbone."""
+    """RT-DETRv2, D-FINE or DEIMv2, on the maps of strides 8, 16 and 32 of the same backbone."""
 
     image_processor_class = DePerceiverV2ImageProcessor
     side_multiple = STRIDES[-1]
@@ -92,7 +95,8 @@ class HybridEncoderArchitecture(TransformersArchitecture):
         backbone_config = timm_backbone_config(options.backbone, STRIDES)
         fields = {
             "backbone_config": backbone_config,
-            "freeze_backbone_batch_norms": not options.no_pretrained_backbone,
+            # Where norms activate they are frozen by what is trained, see `fill_backbone`.
+            "freeze_backbone_batch_norms": not (options.no_pretrained_backbone or norms_activate(backbone_config)),
             "encoder_in_channels": feature_channels(backbone_config),
             "encoder_hidden_dim": hidden_dim,
             "decoder_in_channels": hidden_dim and [hidden_dim] * len(STRIDES),
@@ -103,9 +107,14 @@ class HybridEncoderArchitecture(TransformersArchitecture):
             "decoder_ffn_dim": feedforward,
             "encoder_attention_heads": options.nheads,
             "decoder_attention_heads": options.nheads,
+            **self.own_fields(),
             **_fields_of_any_model(options),
         }
         return new_config(self.model_class.config_class, fields, options, label_names)
+
+    def own_fields(self) -> dict[str, Any]:
+        """Fields of the configuration in which they differ."""
+        return {}
 
     def saved_fields(self, options: ModelOptions, config: PreTrainedConfig) -> dict[str, Any]:
         return _fields_of_any_model(options)
@@ -118,8 +127,9 @@ class HybridEncoderArchitecture(TransformersArchitecture):
 
         transformers draws the weights of both, and the scales of RT-DETRv2's norms, close to 0.
         """
-        for name, module in model.named_modules():
-            if "backbone" in name.split("."):
+        of_backbone = {*backbone_of(model).modules()}
+        for module in model.modules():
+            if module in of_backbone:
                 continue
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.ones_(module.weight)
@@ -149,12 +159,19 @@ def _starts_as_any(weight: torch.Tensor, config: PreTrainedConfig) -> bool:
 
 @torch.no_grad()
 def _start_heads(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Boxes start on their references and classes as rare, as transformers means them to but does not see to."""
+    """Boxes start on their references, classes as rare and those of denoising queries spread, as in the authors' code.
+
+    transformers means most of this but does not see to it; it takes classes for as likely as there are few of them.
+    """
     decoder = model.model.decoder
-    prior = config.initializer_bias_prior_prob or 1 / (config.num_labels + 1)
+    prior = config.initializer_bias_prior_prob or PRIOR_PROBABILITY
     for head in [*decoder.class_embed, model.model.enc_score_head]:
         nn.init.xavier_uniform_(head.weight)
         nn.init.constant_(head.bias, -math.log((1 - prior) / prior))
-    for head in [*decoder.bbox_embed, model.model.enc_bbox_head]:
+    first = [decoder.pre_bbox_head] if hasattr(decoder, "pre_bbox_head") else []  # RT-DETRv2 has none
+    for head in [*decoder.bbox_embed, model.model.enc_bbox_head, *first]:
         nn.init.zeros_(head.layers[-1].weight)
         nn.init.zeros_(head.layers[-1].bias)
+    if config.num_denoising:
+        nn.init.normal_(model.model.denoising_class_embed.weight[:-1])
+        nn.init.zeros_(model.model.denoising_class_embed.weight[-1])  # of queries that fill up a batch

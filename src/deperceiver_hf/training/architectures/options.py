@@ -18,7 +18,9 @@ BROUGHT_BY_DETECTOR = (
     *("backbone", "pretrained_backbone", "no_pretrained_backbone"),
     *("downsample_factor", "multiscale", "dilation"),
 )
-OF_TRANSFORMERS = ("detr", "deformable_detr", "rt_detr_v2", "d_fine")
+WITH_OWN_BACKBONE = ("lw_detr", "rf_detr")
+WITH_ENCODER = ("detr", "deformable_detr", "rt_detr_v2", "d_fine", "deimv2")
+OF_TRANSFORMERS = (*WITH_ENCODER, *WITH_OWN_BACKBONE)
 
 
 @dataclass
@@ -30,7 +32,8 @@ class ModelOptions(Options):
     architecture: str | None = option(
         f"Kind of model; {DEFAULT_ARCHITECTURE} if not given. deperceiver is the original's. "
         f"{listed(OF_TRANSFORMERS, 'and')} train transformers' models on the same backbone, data and schedule, for "
-        "comparison: detr with DePerceiver's loss, the others with their own.",
+        "comparison: detr with DePerceiver's loss, the others with their own; "
+        f"{listed(WITH_OWN_BACKBONE, 'and')} have a kind of backbone of their own.",
         comparison_hint="name it in --models",
     )
     preset: str | None = option(
@@ -52,7 +55,8 @@ class ModelOptions(Options):
     )
     backbone: str | None = option(
         "Name of a timm model that returns feature maps; if not given, the preset's in deperceiver_v2, resnet50 "
-        "elsewhere.",
+        "elsewhere. lw_detr and rf_detr have a backbone of their own, a vision transformer with windows: they take "
+        "measures and weights from a plain one, vit_tiny_patch16_224 and vit_small_patch14_dinov2 if not given.",
         new_model_only=True,
     )
     pretrained_backbone: str | None = option(
@@ -112,19 +116,19 @@ class ModelOptions(Options):
         new_model_only=True,
     )
     enc_layers: int | None = option(
-        "Encoder layers; if not given, 6 in DETR and Deformable DETR, 1 in RT-DETRv2 and D-FINE.",
+        "Encoder layers; if not given, 6 in DETR and Deformable DETR, 1 in RT-DETRv2, D-FINE and DEIMv2.",
         at_least=1,
-        of=OF_TRANSFORMERS,
+        of=WITH_ENCODER,
         new_model_only=True,
     )
     dec_layers: int | None = option(
-        "Decoder layers; if not given, the preset's in deperceiver_v2, 3 in deperceiver, 6 in transformers' models. A "
-        "deperceiver with --no_aux_loss has one cross-attention instead.",
+        "Decoder layers; if not given, the preset's in deperceiver_v2, 3 in deperceiver, LW-DETR and RF-DETR, 6 "
+        "elsewhere. A deperceiver with --no_aux_loss has one cross-attention instead.",
         at_least=1,
         new_model_only=True,
     )
     dim_feedforward: int | None = option(
-        "Hidden width of the MLPs; if not given, 2048 in DETR and 4 times the width elsewhere.",
+        "Hidden width of the MLPs; if not given, 2048 in DETR, LW-DETR and RF-DETR, and 4 times the width elsewhere.",
         at_least=1,
         of=OF_TRANSFORMERS,
         new_model_only=True,
@@ -135,8 +139,8 @@ class ModelOptions(Options):
         new_model_only=True,
     )
     nheads: int | None = option(
-        "Heads of self-attention in deperceiver, of every attention elsewhere; if not given, the preset's in "
-        "deperceiver_v2, 8 elsewhere.",
+        "Heads of self-attention in deperceiver, of every attention elsewhere (twice as many read the features in "
+        "LW-DETR and RF-DETR, as in their papers); if not given, the preset's in deperceiver_v2, 8 elsewhere.",
         at_least=1,
         new_model_only=True,
     )
@@ -153,7 +157,7 @@ class ModelOptions(Options):
     no_aux_loss: bool = option(
         "Loss after the last decoder layer only; a DePerceiver has one cross-attention then.",
         False,
-        of=("deperceiver", "detr", "deformable_detr"),
+        of=("deperceiver", "detr", "deformable_detr", *WITH_OWN_BACKBONE),
         new_model_only=True,
     )
     set_cost_class: float | None = option(
