@@ -83,7 +83,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Compute keys and values of the tokens once for all blocks instead of once for each.
     num_denoising_queries (`int`, *optional*, defaults to 100):
         Denoising queries in training, about: as many pairs of a positive and a negative group of noised objects as
-        this gives room for, at least one. 0 trains without.
+        this gives room for, at least one. Of more than `num_queries` objects in an image so many are drawn. 0 trains
+        without.
     label_noise_ratio (`float`, *optional*, defaults to 0.25):
         Share of the denoising queries that are given a random class, in [0, 1].
     box_noise_scale (`float`, *optional*, defaults to 1.0):
