@@ -159,7 +159,7 @@ def hungarian_match(
         FloatingPointError: Predictions or target boxes are not finite; says which.
         ValueError: A class label is not one of the model's, or a target box is not in [0, 1].
     """
-    num_layers, batch_size, num_queries, num_outputs = logits.shape
+    num_layers, _, num_queries, num_outputs = logits.shape
     num_classes = num_outputs - 1 if num_classes is None else num_classes
     class_labels = targets.class_labels
     labels_in_range = class_labels.clamp(0, num_classes - 1)
