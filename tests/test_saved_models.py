@@ -168,6 +168,45 @@ def test_training_starts_from_no_weights_of_another_shape(cat_and_dog, tmp_path,
         build_model(tiny_options(tmp_path, {"model": str(directory)}), ["cat", "dog"])
 
 
+def test_a_model_that_picks_its_queries_takes_any_number_of_them(cat_and_dog, tmp_path, images):
+    """The queries that it had before are among them, their logits what they were before the blocks saw the others."""
+    before, _ = load_detector(str(cat_and_dog))
+    after, _ = load_detector(str(cat_and_dog), num_queries=30)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    with torch.no_grad():
+        few, many = before(images), after(images)
+        assert many.logits.shape == (2, 30, 2)
+        torch.testing.assert_close(many.selection_logits[:, :9], few.selection_logits)
+        everything = load_detector(str(cat_and_dog), num_queries=1000)[0](images)
+    assert everything.logits.shape == (2, 8 * 12 + 4 * 6, 2)
+    after.save_pretrained(tmp_path)
+    again = type(after).from_pretrained(tmp_path).eval()
+    assert again.config.num_queries == 30
+    assert type(after).from_pretrained(cat_and_dog, num_queries=30).config.num_queries == 30
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, many.logits)
+
+
+@pytest.mark.parametrize("name", ["deperceiver_v2", "deperceiver", "detr"])
+def test_learned_queries_are_as_many_as_they_are(tmp_path, name):
+    options = tiny_options(tmp_path, TINY_ARCHITECTURES[name])
+    model = build_model(options, ["cat", "dog"])
+    if name == "deperceiver_v2":
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), "query_selection": False}))
+        model.save_pretrained(tmp_path / "saved")
+        with pytest.raises(ValueError, match=r"learned them .* cannot have 30; leave `num_queries` out"):
+            type(model).from_pretrained(tmp_path / "saved", num_queries=30)
+    model.save_pretrained(tmp_path / "saved")
+    build_image_processor(options).save_pretrained(tmp_path / "saved")
+    queries = model.config.num_queries
+    with pytest.raises(UserError, match=f"has {queries} object queries that it has learned, and cannot have 30"):
+        load_detector(str(tmp_path / "saved"), num_queries=30)
+    assert load_detector(str(tmp_path / "saved"), num_queries=queries)[0].config.num_queries == queries
+    for number in (0, -1):
+        with pytest.raises(UserError, match="num_queries must be at least 1"):
+            load_detector(str(tmp_path / "saved"), num_queries=number)
+
+
 @pytest.mark.parametrize("name", ["deperceiver", "detr"])  # with weights for each query
 def test_another_number_of_queries_is_said(tmp_path, name, caplog):
     options = tiny_options(tmp_path, TINY_ARCHITECTURES[name])

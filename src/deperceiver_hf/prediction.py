@@ -285,6 +285,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output_dir", required=True, help="Directory for predictions.json and annotated/.")
     parser.add_argument("--threshold", type=float, default=0.5, help="Lowest score of a detection (%(default)s).")
+    parser.add_argument(
+        "--num_queries",
+        type=int,
+        help="Objects that are looked for at a time, if not as many as in training; for models that pick their "
+        "queries from the image (DePerceiver v2).",
+    )
     parser.add_argument("--batch_size", type=int, default=4, help="Images of one size at a time (%(default)s).")
     parser.add_argument(
         "--max_image_pixels", type=int, help="Images of more pixels are errors (178956970 if not given)."
@@ -304,6 +310,7 @@ def prepare_prediction(
     *,
     output_dir: str,
     threshold: float = 0.5,
+    num_queries: int | None = None,
     batch_size: int = 4,
     max_image_pixels: int | None = None,
     device: str = "auto",
@@ -317,6 +324,7 @@ def prepare_prediction(
             `search_images`.
         output_dir: directory for `predictions.json` and the pictures in `annotated/`, made if need be.
         threshold: lowest score of a detection, in [0, 1].
+        num_queries: see `load_detector`.
         batch_size: images that go through the model at a time, if that many are of one size.
         max_image_pixels: images of more pixels are errors, see `limit_pixels`.
         device: see `find_device`.
@@ -342,7 +350,7 @@ def prepare_prediction(
         pictures = require_writable_directory(directory / PICTURE_DIRECTORY)
         _require_other_files(found.files, pictures, picture_names(found.files))
     chosen = find_device(device)
-    detector, image_processor = load_detector(model)
+    detector, image_processor = load_detector(model, num_queries=num_queries)
     runner = pipeline("object-detection", model=detector, image_processor=image_processor, device=chosen)
     runner.model.register_forward_hook(_refuse_not_finite)
     return PredictionJob(str(model), runner, found, directory, threshold, batch_size, draw)

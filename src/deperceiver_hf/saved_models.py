@@ -40,19 +40,31 @@ WHOLE_NUMBERS = ("I", "U", "BOOL")  # in safetensors' names of types
 BATCH_COUNTER = "num_batches_tracked"  # of batch norms that learn; frozen ones have none
 
 
-def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
+def load_detector(source: str, *, num_queries: int | None = None) -> tuple[PreTrainedModel, Any]:
     """A detector ready to predict, and its image processor.
 
     Args:
         source: directory written by `save_pretrained` (any object detection model of transformers), or a Hub id.
+        num_queries: how many objects it is to look for at a time, if not as many as it was trained with: more for
+            crowded images, fewer to be faster. For models that pick their object queries from the image, such as
+            DePerceiver v2; as many as the image has tokens at most.
 
     Raises:
         OSError: there is no such directory, a file in it is missing, or the Hub cannot be reached.
-        ValueError: it holds no object detection model, or not all of its weights, or they are damaged.
+        ValueError: it holds no object detection model, or not all of its weights, or they are damaged; or its number
+            of queries cannot be changed.
     """
     config = load_config(source)
+    saved_queries = None
+    if num_queries is not None:
+        saved_queries = getattr(config, "num_queries", None)
+        if num_queries < 1:
+            raise UserError(f"num_queries must be at least 1, got {num_queries}.")
+        if saved_queries is None:
+            raise UserError(f"{source} is a {config.model_type}, which has no num_queries to change; leave it out.")
+        config.num_queries = num_queries
     processor = load_image_processor(source)
-    model = load_model(source, config)
+    model = load_model(source, config, saved_queries=saved_queries, new_queries=False)
     return model.eval(), processor
 
 
@@ -123,6 +135,7 @@ def load_model(
     model_class: Any = AutoModelForObjectDetection,
     *,
     saved_queries: int | None = None,
+    new_queries: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """The weights of a saved model, all of them.
@@ -133,6 +146,7 @@ def load_model(
         model_class: whose `from_pretrained` reads it.
         saved_queries: number of object queries of the saved model, if `config` may have another one: the weights that
             are as long as that are then new ones, with a warning.
+        new_queries: `False` refuses them instead.
         options: of `from_pretrained`.
 
     Raises:
@@ -148,7 +162,7 @@ def load_model(
             trust_remote_code=False,
             **options,
         )
-        _require_all_weights(model, report, source, saved_queries)
+        _require_all_weights(model, report, source, saved_queries, new_queries)
         _require_plausible_weights(model, source)
     return model
 
@@ -256,7 +270,7 @@ def _require_detections_of(processor: Any, config: PreTrainedConfig, source: str
 
 
 def _require_all_weights(
-    model: PreTrainedModel, report: dict[str, Any], source: str, saved_queries: int | None
+    model: PreTrainedModel, report: dict[str, Any], source: str, saved_queries: int | None, new_queries: bool
 ) -> None:
     """Refuse weights that do not fill the model, which transformers only warns of, leaving random numbers."""
     config, shapes = model.config, {name: tuple(map(tuple, sizes)) for name, *sizes in report["mismatched_keys"]}
@@ -274,6 +288,11 @@ def _require_all_weights(
         raise UserError(
             f"{source} lacks {len(lacking)} weights that its config.json with {config.num_labels} classes asks for, "
             f"e.g. {lacking[0]}; it was saved by another version or only in part, or config.json was changed."
+        )
+    if new and not new_queries:
+        raise UserError(
+            f"{source} has {saved_queries} object queries that it has learned, and cannot have {config.num_queries}: "
+            "leave num_queries out. Models that pick them from the image (DePerceiver v2 with query_selection) can."
         )
     if new and is_main_process():
         logger.warning(

@@ -67,6 +67,7 @@ class EvaluationJob:
     dataset: str
     split: str
     options: EvaluationOptions
+    num_queries: int | None = None  # if others than the saved model's were asked for
 
     def run(self) -> WrittenEvaluation:
         """Evaluate, and write the results on the main process."""
@@ -90,6 +91,7 @@ class EvaluationJob:
             predictions=str(self.predictions),
             settings={
                 **self.options.settings(),
+                **({} if self.num_queries is None else {"num_queries": self.num_queries}),
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
                 "image_size": dict(getattr(self.image_processor, "size", None) or {}),
@@ -153,7 +155,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         default=[1, 10, 100],
-        help="Detections per image and class to score; AP at the last number (1 10 100).",
+        help="Detections per image and class to score; AP at the last number (1 10 100). Crowded images need more.",
+    )
+    parser.add_argument(
+        "--num_queries",
+        type=int,
+        help="Objects that are looked for at a time, if not as many as in training; for models that pick their "
+        "queries from the image (DePerceiver v2).",
     )
     parser.add_argument(
         "--size_boundaries",
@@ -188,6 +196,7 @@ def prepare_evaluation(
     device: str = "auto",
     mixed_precision: str = "auto",
     size_boundaries: Sequence[float] = COCO_SIZE_BOUNDARIES,
+    num_queries: int | None = None,
     **options,
 ) -> EvaluationJob:
     """Check everything that an evaluation needs before it starts.
@@ -203,6 +212,7 @@ def prepare_evaluation(
         device: see `find_device`.
         mixed_precision: see `choose_precision`.
         size_boundaries: sides of squares, in pixels of the data, whose areas part small, medium and large objects.
+        num_queries: see `load_detector`.
         options: the others of `EvaluationOptions`.
 
     Raises:
@@ -221,7 +231,7 @@ def prepare_evaluation(
     precision = choose_precision(mixed_precision, accelerator.device)
     if accelerator.is_main_process:
         logger.warning(f"Precision {precision.name}: {precision.reason}.")
-    detector, image_processor = load_detector(model)
+    detector, image_processor = load_detector(model, num_queries=num_queries)
     limit_pixels(how.max_image_pixels)
     data = load_detection_data(dataset, split, max_samples=max_samples, bbox_format=box_format)
     if accelerator.is_main_process:
@@ -242,4 +252,5 @@ def prepare_evaluation(
         dataset=str(dataset),
         split=split,
         options=replace(how, mixed_precision=precision.name),
+        num_queries=num_queries,
     )

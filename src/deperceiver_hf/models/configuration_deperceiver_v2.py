@@ -64,7 +64,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     num_attention_heads (`int`, *optional*, defaults to 8):
         Heads of every attention.
     num_queries (`int`, *optional*, defaults to 300):
-        Number of object latents: the most objects that can be found in an image.
+        Number of object latents: the most objects that can be found in an image. With `query_selection`, a trained
+        model takes any other number, `from_pretrained(..., num_queries=1000)`.
     decoder_layers (`int`, *optional*, defaults to 6):
         Number of blocks, each a self-attention among the latents, a reading of the tokens and an MLP.
     widening_factor (`int`, *optional*, defaults to 4):

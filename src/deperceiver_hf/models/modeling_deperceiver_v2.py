@@ -160,6 +160,20 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of every model; raises a `ValueError` that says so if `num_queries` does not fit learned queries."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except RuntimeError as error:
+            if "num_queries" not in kwargs or "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has weights of other sizes than asked for, which are listed above. "
+                "If they are those of `queries`: it has learned them (`query_selection=False`) and cannot have "
+                f"{kwargs['num_queries']}; leave `num_queries` out."
+            ) from error
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Xavier-uniform linear maps."""
