@@ -135,7 +135,7 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
         raise UserError(f"attention must be eager to count its weights, but is {implementation!r}.")
     backbone = with_backbone(model).backbone
     tokens = backbone_flops = 0
-    flops, activations, memory = FlopCounterMode(display=False), _ActivationCounter(), _MemoryCounter()
+    flops, activations, memory = FlopCounterMode(display=False), _ActivationCounter(), MemoryCounter()
 
     def after_backbone(_, args: tuple, feature_maps: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         nonlocal tokens, backbone_flops
@@ -169,7 +169,7 @@ def count_peak_memory(make_model: Callable[[], nn.Module], height: int, width: i
     """
     check_image_size(height, width)
     model = _make_without_contents(make_model)
-    memory = _MemoryCounter()
+    memory = MemoryCounter()
     with_backbone(model).backbone.register_forward_hook(lambda *_: memory.reset_peak())
     _run_without_contents(model, (1, num_channels, height, width), memory)
     return memory.peak
@@ -239,7 +239,7 @@ class _ActivationCounter(TorchDispatchMode):
         return output
 
 
-class _MemoryCounter(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Follows the bytes of all arrays that operations make, until nothing refers to them any more."""
 
     def __init__(self):
