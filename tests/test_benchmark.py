@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverV2Config, DePerceiverV2ForObjectDetection
 from deperceiver_hf.benchmarks import cost
-from deperceiver_hf.benchmarks.cost import Cost, compare_costs, count_cost, count_peak_memory
+from deperceiver_hf.benchmarks.cost import Cost, MemoryCounter, compare_costs, count_cost, count_peak_memory
+from deperceiver_hf.benchmarks.crowds import compare_crowds
 from deperceiver_hf.benchmarks.scaling import compare_scaling, draw_scaling, split_at_backbone
 from deperceiver_hf.benchmarks.timing import compare_times, time_models
 from deperceiver_hf.benchmarks.variants import (
@@ -354,6 +355,47 @@ def test_impossible_costs_are_refused(options, message):
 def test_impossible_timings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         compare_times(["deperceiver-32"], **{**SMALL, **options})
+
+
+def test_the_memory_of_a_training_step_has_a_ceiling_in_the_number_of_objects(tmp_path):
+    """60 latents of `nano`: from 60 objects on, denoising draws, and only what is compared with them grows."""
+    options = {"height": 64, "width": 64, "batch_size": 2, "warmup": 0, "repeats": 1, "progress": False}
+    report = compare_crowds("deperceiver-v2-nano", objects=[10, 60, 120, 600], **options)
+    few, limit, twice, many = (row["peak_memory"] for row in report.rows.values())
+    assert few < limit
+    assert twice <= 1.02 * limit
+    pairs = 4 * 3 * 2 * 60 * 600  # bytes of an array of all blocks, images, latents and objects
+    assert many <= limit + 12 * pairs
+    assert all(0 < row["matching_seconds"] < row["seconds"] for row in report.rows.values())
+    assert report.markdown().count("\n| ") == 2 + 4 - 1 + 1
+    report.write(tmp_path / "report.json")
+    assert list(json.loads((tmp_path / "report.json").read_text())["crowds"])[-1] == "600 objects"
+
+
+def test_memory_of_a_step_is_what_is_kept_for_the_backward_pass():
+    x = torch.randn(2**10, requires_grad=True)
+    with MemoryCounter() as memory:
+        y = x
+        for _ in range(10):
+            y = y.exp() * 0.01
+        y.sum().backward()
+    assert 10 <= memory.peak / x.untyped_storage().nbytes() <= 14
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "detr-16"}, "crowds are measured with one of deperceiver-v2-nano"),
+        ({"objects": []}, "at least one"),
+        ({"objects": [5, -1]}, "from 0 on"),
+        ({"height": 16}, "at least 32 pixels"),
+        ({"repeats": 0}, "repeats must be"),
+        ({"warmup": -1}, "warmup must be"),
+    ],
+)
+def test_impossible_crowds_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        compare_crowds(**{"model": "deperceiver-v2-nano", **options})
 
 
 def run_script(monkeypatch, *arguments: str) -> int:

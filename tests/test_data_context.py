@@ -10,7 +10,7 @@ import pytest
 from deperceiver_hf.data import SyntheticScenes, load_detection_data
 from deperceiver_hf.data.synthetic import context
 from deperceiver_hf.data.synthetic.context import CONTEXT_LABELS, DEPENDENT_SHAPES
-from deperceiver_hf.data.synthetic.shapes import SHAPES, any_overlap
+from deperceiver_hf.data.synthetic.shapes import SHAPES, PlacedShapes
 
 NAMES = ["disc (star)", "disc (cross)", "square (star)", "square (cross)", "triangle", "ring", "semicircle", "bar"]
 
@@ -61,8 +61,10 @@ def test_dependent_objects_are_far_from_the_beacon_and_none_covers_it(image_size
         assert max(x + width, y + height) <= image_size
         assert min(x, y, image_size - x - width, image_size - y - height) < image_size / 8
         assert SHAPES[beacon.shape.label] in ("star", "cross")
+        occupied = PlacedShapes()
+        occupied.add(beacon.shape)
         for shape in scenes.layout(0, index):
-            assert not any_overlap(beacon.shape, [shape])
+            assert not occupied.overlap(shape)
             distance = np.linalg.norm(centre(shape.box) - centre(beacon.shape.box))
             if SHAPES[shape.label] in DEPENDENT_SHAPES:
                 assert distance >= image_size / 2 - 1e-9

@@ -201,7 +201,10 @@ def test_more_objects_than_can_be_found_are_told_with_the_recall_that_is_possibl
     assert "up to 20 objects in an image (12.5 on average)" in remark
     assert "10 queries" in remark
     assert "at most 60 %" in remark  # 10 of 20 and 5 of 5
-    assert "up to 20 objects of a class" in remarks_on_objects(data, max_detections=10)[0]
+    assert "--num_queries 20" in remark
+    (remark,) = remarks_on_objects(data, max_detections=10)
+    assert "up to 20 objects of a class" in remark
+    assert "--max_detections 1 10 20" in remark
     assert remarks_on_objects(data, num_queries=20, max_detections=20) == []
     assert "no object of 1 of its 2 classes: b" in remarks_on_objects(data, training=True)[0]
 

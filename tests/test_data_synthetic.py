@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from deperceiver_hf.data import DETECTION_FEATURES, DetectionDataset, SyntheticScenes, load_detection_data
-from deperceiver_hf.data.synthetic.shapes import SHAPES, paint_shape
+from deperceiver_hf.data.synthetic.shapes import SHAPES, PlacedShapes, paint_shape, random_shape
 
 
 def load(split="train", **options):
@@ -107,6 +107,63 @@ def test_sides_and_numbers_follow_the_options():
     assert all(30 <= max(row["bbox"][0][2:]) <= 31 for row in data.dataset.with_format(None)["objects"])
 
 
+def test_a_thousand_objects_find_room_beside_each_other():
+    name = "synthetic:image_size=640,min_objects=1000,max_objects=1000,min_side=6,max_side=16,num_samples=1"
+    row = load_detection_data(name, "val").dataset[0]
+    boxes = np.array(row["objects"]["bbox"])
+    assert len(boxes) == 1000
+    sides = boxes[:, 2:].max(axis=1)
+    assert 6 <= sides.min() < 7 < 15 < sides.max() <= 16
+    assert boxes.min() >= 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 640
+    covered = np.zeros((640, 640), dtype=int)
+    for shape in SyntheticScenes(
+        image_size=640, min_objects=1000, max_objects=1000, object_sizes=((1.0, 6, 16),)
+    ).layout(1, 0):
+        canvas = np.zeros((640, 640, 3), dtype=np.uint8)
+        x, y, width, height = (int(value) for value in shape.box)
+        paint_shape(canvas, shape, np.array([255, 255, 255]))
+        window = np.s_[y : y + height + 2, x : x + width + 2]
+        covered[window] += canvas[window][:, :, 0] > 32
+    assert covered.max() == 1
+
+
+def test_shapes_in_place_are_those_of_a_comparison_with_each():
+    """Many shapes compared at once, boxes first, give the verdict of one comparison after the other."""
+    random = np.random.default_rng(0)
+    placed, occupied, verdicts = [], PlacedShapes(), []
+    for _ in range(300):
+        candidate = random_shape(random, random.uniform(4, 30)).moved(*random.uniform(0, 200, 2))
+        verdicts.append(any(hulls_meet(candidate, other) for other in placed))
+        assert occupied.overlap(candidate) == verdicts[-1]
+        if not verdicts[-1]:
+            placed.append(candidate)
+            occupied.add(candidate)
+    assert len(placed) > 64  # more than there is room for in the beginning
+    assert sum(verdicts) > 30
+
+
+def hulls_meet(one, other) -> bool:
+    """Whether no line across one of 24 directions keeps two shapes a pixel apart; boxes are the first to look at."""
+    (x, y, w, h), (ox, oy, ow, oh) = one.box, other.box
+    if x > ox + ow + 1 or ox > x + w + 1 or y > oy + oh + 1 or oy > y + h + 1:
+        return False
+    for angle in np.arange(24) * np.pi / 24:
+        a, b = (shape.outline @ [np.cos(angle), np.sin(angle)] for shape in (one, other))
+        if max(b.min() - a.max(), a.min() - b.max()) > 1:
+            return False
+    return True
+
+
+def test_what_a_canvas_cannot_hold_is_said(caplog):
+    crowded = {"image_size": 96, "min_objects": 0, "max_objects": 400, "min_side": 8, "max_side": 12}
+    data = load(num_samples=3, **crowded)
+    (remark,) = data.report.remarks
+    assert remark in caplog.text
+    assert f"{data.report.num_objects} found room in 96 pixels" in remark
+    assert not load(num_samples=3).report.remarks
+
+
 def test_areas_are_those_of_the_boxes():
     for row in load().dataset.with_format(None)["objects"]:
         np.testing.assert_allclose(row["area"], [width * height for _, _, width, height in row["bbox"]])
@@ -143,6 +200,10 @@ def test_an_option_in_the_name_is_not_overridden():
         ({"image_size": 16}, "image_size"),
         ({"min_objects": 5, "max_objects": 4}, "max_objects"),
         ({"object_sizes": ((1, 7, 200),)}, "object_sizes"),
+        ({"min_side": 7, "max_side": 200}, "object_sizes"),
+        ({"min_side": 9, "max_side": 7}, "object_sizes"),
+        ({"min_side": 7}, "both min_side and max_side"),
+        ({"min_side": 7, "max_side": 9, "object_sizes": ((1, 7, 20),)}, "object_sizes"),
         ({"object_sizes": ((0, 7, 20),)}, "shares"),
         ({"num_samples": 0}, "num_samples"),
         ({"seed": -1}, "seed"),

@@ -28,17 +28,66 @@ def apart(values: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Te
 
 @pytest.mark.parametrize(
     ("sizes", "room", "groups"),
-    [([3, 0], 100, 16), ([3, 5], 100, 10), ([1, 1], 2, 1), ([7, 2], 3, 1), ([500], 100, 1), ([0, 0], 100, 50)],
+    [
+        *[([3, 0], 100, 16), ([3, 5], 100, 10), ([1, 1], 2, 1), ([7, 2], 3, 1), ([30, 7], 3, 1), ([30, 31], 3, 1)],
+        *[([500], 100, 1), ([0, 0], 100, 50)],
+    ],
 )
 def test_number_of_groups(sizes, room, groups):
-    queries = queries_of(random_labels(sizes), num_denoising_queries=room)
-    most = max(*sizes, 1) if len(sizes) > 1 else sizes[0]
+    queries = queries_of(random_labels(sizes), num_denoising_queries=room, num_queries=30)
+    sizes = [min(size, 30) for size in sizes]
+    most = max(1, *sizes)
     assert queries.num_groups == groups
     assert queries.class_labels.shape == queries.is_query.shape == (len(sizes), 2 * groups * most)
     assert queries.boxes.shape == (len(sizes), 2 * groups * most, 4)
+    assert queries.num_objects == most
+    assert queries.is_query.shape[1] <= max(room, 2 * 30)
     assert queries.is_query.sum(1).tolist() == [2 * groups * size for size in sizes]
     assert queries.class_labels.dtype == torch.long
     assert ((queries.class_labels >= 0) & (queries.class_labels < 5)).all()
+
+
+def test_a_crowded_image_draws_objects_and_the_others_keep_theirs():
+    labels = random_labels([40, 3, 9, 10])
+    for target in labels:
+        target["boxes"] = 0.25 + 0.5 * target["boxes"]
+        target["boxes"][:, 2:] *= 0.2  # inside of the image, at whose border boxes would be cut
+    queries = queries_of(labels, num_denoising_queries=40, label_noise_ratio=0, box_noise_scale=0)
+    assert queries.num_groups == 2
+    objects, classes, boxes, real = (
+        values.unflatten(1, (4, 9))
+        for values in (queries.objects, queries.class_labels, queries.boxes, queries.is_query)
+    )
+    assert (objects == objects[:, :1]).all()  # the same in every group
+    drawn = [image[0][shown[0]].tolist() for image, shown in zip(objects, real, strict=True)]
+    assert [len(image) for image in drawn] == [9, 3, 9, 9]
+    assert all(image == sorted(set(image)) for image in drawn)
+    assert drawn[1:3] == [[0, 1, 2], list(range(9))]
+    for image, target in enumerate(labels):
+        places = objects[image][real[image]]
+        assert torch.equal(classes[image][real[image]], target["class_labels"][places])
+        torch.testing.assert_close(boxes[image][real[image]], target["boxes"][places])
+
+
+def test_every_object_of_a_crowded_image_has_its_turn():
+    targets, config = pad_targets(random_labels([27]), torch.device("cpu")), tiny_v2_config(num_denoising_queries=2)
+    torch.manual_seed(0)
+    times = torch.zeros(27)
+    for _ in range(300):
+        times[make_denoising_queries(targets, config).objects[0, :9]] += 1
+    assert 70 < times.min() <= times.max() < 130  # 100 on average
+
+
+def test_nothing_is_drawn_before_an_image_is_crowded():
+    """The noise of a seed is what it was before crowded images had to draw."""
+    targets, config = pad_targets(random_labels([9, 2]), torch.device("cpu")), tiny_v2_config(num_denoising_queries=40)
+    torch.manual_seed(5)
+    queries = make_denoising_queries(targets, config)
+    torch.manual_seed(5)
+    kept = torch.rand(2, 2, 2, 9) >= config.label_noise_ratio
+    assert torch.equal(queries.objects, torch.arange(9).repeat(4).expand(2, -1))
+    clean = targets.class_labels.repeat(1, 4)
+    assert torch.equal(queries.class_labels[kept.flatten(1)], clean[kept.flatten(1)])
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
@@ -85,7 +134,7 @@ def test_noised_boxes_lie_in_the_image():
 @pytest.mark.parametrize("ratio", [0, 0.5, 1])
 def test_label_noise(ratio):
     labels = random_labels([10, 10])
-    queries = queries_of(labels, num_denoising_queries=2000, label_noise_ratio=ratio)
+    queries = queries_of(labels, num_denoising_queries=2000, label_noise_ratio=ratio, num_queries=10)
     clean = torch.stack([target["class_labels"] for target in labels])[:, None]
     for found in apart(queries.class_labels, 100):
         # A random class of five is the right one once in five times.
@@ -96,7 +145,9 @@ def test_label_noise(ratio):
 
 
 def test_who_may_attend_to_whom():
-    queries = DenoisingQueries(torch.zeros(1, 8), torch.zeros(1, 8, 4), torch.ones(1, 8), num_groups=2)
+    queries = DenoisingQueries(
+        torch.zeros(1, 8), torch.zeros(1, 8, 4), torch.ones(1, 8), torch.zeros(1, 8), num_groups=2
+    )
     sees = queries.may_attend(3)
     assert sees.shape == (1, 1, 11, 11)
     sees = sees[0, 0]
@@ -145,7 +196,7 @@ def test_groups_do_not_see_each_other(images):
         together = trunk(images, denoising=both)
         for group in range(2):
             part = slice(6 * group, 6 * group + 6)
-            alone = trunk(images, denoising=DenoisingQueries(*(values[:, part] for values in both[:3]), 1))
+            alone = trunk(images, denoising=DenoisingQueries(*(values[:, part] for values in both[:4]), 1))
             for name in ("denoising_hidden_states", "denoising_boxes"):
                 torch.testing.assert_close(together[name][:, :, part], alone[name], rtol=0, atol=5e-5)
 
@@ -178,7 +229,7 @@ def test_padding_queries_change_nothing(images):
         found = model.model(images, denoising=queries._replace(boxes=noise, class_labels=classes))
         for name in ("last_hidden_state", "intermediate_boxes"):
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
-        alone = DenoisingQueries(*(values[1:, shown] for values in queries[:3]), num_groups=2)
+        alone = DenoisingQueries(*(values[1:, shown] for values in queries[:4]), num_groups=2)
         by_itself = model.model(images[1:], denoising=alone)
     for name in ("denoising_hidden_states", "denoising_boxes"):
         for outputs in (found, by_itself):

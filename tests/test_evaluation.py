@@ -20,9 +20,10 @@ from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 from transformers.models.auto import CONFIG_MAPPING
 
 from coco_samples import CATEGORIES, annotation, coco_content, write_coco
-from conftest import tiny_config
-from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor
+from conftest import tiny_config, tiny_v2_model
+from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor, DePerceiverV2ImageProcessor
 from deperceiver_hf.data import DetectionDataset, load_detection_data
+from deperceiver_hf.data.synthetic.shapes import SHAPES
 from deperceiver_hf.drawing import contact_sheet_rows
 from deperceiver_hf.evaluation.coco_metric import CocoDetectionMetric
 from deperceiver_hf.evaluation.evaluator import align_labels, evaluate_detector
@@ -167,6 +168,15 @@ def test_more_than_a_hundred_detections_count_if_asked_for(most, found):
     result = compute([reference], [prediction], max_detections=(1, most))
     assert result[f"ar{most}"] == pytest.approx(found / 150)
     assert (result["ap"] > 0.99) == (found == 150)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_number_that_counts_changes_nothing_but_a_name_where_it_is_not_reached(seed):
+    """pycocotools' own summary knows 100 only: it gives -1 for AP with another number."""
+    references, predictions = random_truth_and_detections(seed)
+    expected, found = compute(references, predictions), compute(references, predictions, max_detections=(1, 10, 1000))
+    expected["ar1000"] = expected.pop("ar100")
+    assert found == expected
 
 
 def test_area_and_crowd_have_defaults_and_boundaries_can_be_moved():
@@ -529,6 +539,29 @@ def test_settings_are_all_that_the_numbers_may_depend_on(model_directory, coco_d
     options |= {"on_bad_image"}
     assert settings.keys() == options | {"num_processes", "device", "image_size"}
     assert (settings["batch_size"], settings["num_workers"], settings["max_detections"]) == (3, 0, [1, 10, 100])
+
+
+def test_a_crowd_needs_more_latents_and_more_detections_and_is_told_so(tmp_path, caplog):
+    """300 latents of a model with 9 find what 9 cannot, and AR counts more than 100 of a class if asked to."""
+    data = "synthetic:image_size=96,min_objects=110,max_objects=110,min_side=4,max_side=5,num_samples=2"
+    tiny_v2_model(num_labels=8, id2label=dict(enumerate(SHAPES))).save_pretrained(tmp_path / "model")
+    size = {"height": 96, "width": 96}
+    DePerceiverV2ImageProcessor(size=size).save_pretrained(tmp_path / "model")
+    given = {"output": str(tmp_path / "x.json"), "progress": False}
+    with caplog.at_level("WARNING", logger="deperceiver_hf"):
+        few = prepare_evaluation(str(tmp_path / "model"), data, **given).run()
+    assert sum("110 objects in an image" in record.message for record in caplog.records) == 1
+    assert len(few.predictions) == 2 * 9
+    assert "num_queries" not in few.report.settings
+    caplog.clear()
+    given |= {"num_queries": 300, "max_detections": (1, 10, 150)}
+    with caplog.at_level("WARNING", logger="deperceiver_hf"):
+        many = prepare_evaluation(str(tmp_path / "model"), data, **given).run()
+    assert not any("objects" in record.message for record in caplog.records)
+    tokens = 12 * 12 + 6 * 6
+    assert len(many.predictions) == 2 * tokens  # fewer than 300
+    assert "ar150" in many.metrics
+    assert (many.report.settings["num_queries"], many.report.settings["max_detections"]) == (300, (1, 10, 150))
 
 
 def test_unknown_option_is_refused(data):

@@ -8,6 +8,7 @@ import torch
 from torchvision.ops import generalized_box_iou as reference_giou
 
 from conftest import tiny_config, tiny_model
+from deperceiver_hf.models import matching_deperceiver
 from deperceiver_hf.models.loss_deperceiver import set_prediction_loss
 from deperceiver_hf.models.matching_deperceiver import (
     center_to_corners,
@@ -87,6 +88,28 @@ def test_matching_of_an_image_does_not_depend_on_the_batch():
         mine = together.image == image
         assert together.query[mine].tolist() == alone.query.tolist()
         assert together.target[mine].tolist() == alone.target.tolist()
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 2, 30, 3, 3, 0], [0, 0, 0, 0, 0, 0, 0], [30, 1, 1, 1, 1, 1, 31]])
+@pytest.mark.parametrize("most", [1, 200, 800])
+def test_a_crowded_image_does_not_make_the_others_longer(sizes, most, monkeypatch):
+    """Parts of a batch are compared by themselves, within the limit or image by image, and matched as together."""
+    logits, boxes = random_predictions(layers=2, batch=7)
+    targets = pad_targets(random_labels(sizes), logits.device)
+    expected = hungarian_match(logits, boxes, targets, CONFIG)
+    compared = []
+
+    def record(logits, boxes, targets, *others):
+        compared.append((len(targets.sizes), len(targets.sizes) * targets.boxes.shape[1] * 2 * boxes.shape[2]))
+        return matching_cost(logits, boxes, targets, *others)
+
+    monkeypatch.setattr(matching_deperceiver, "matching_cost", record)
+    monkeypatch.setattr(matching_deperceiver, "PAIRS_AT_ONCE", most)
+    found = hungarian_match(logits, boxes, targets, CONFIG)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert sum(images for images, _ in compared) == 7
+    assert all(images == 1 or pairs <= most for images, pairs in compared)
+    assert (len(compared) > 1) == (7 * max(sizes) * 2 * boxes.shape[2] > most)
 
 
 def test_order_of_objects_does_not_matter():

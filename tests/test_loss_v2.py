@@ -247,6 +247,35 @@ def test_loss_of_denoising_is_that_of_known_pairs():
 
 
 @pytest.mark.parametrize("kind", LOSSES)
+def test_loss_of_denoising_in_a_crowd_is_the_mean_over_the_objects_drawn(kind):
+    """Each positive query is compared with the object that it was made of, wherever that stands among the others."""
+    config = tiny_v2_config(classification_loss=kind, num_queries=6, num_denoising_queries=24)
+    labels = random_labels([40, 2, 7])
+    torch.manual_seed(0)
+    denoising = make_denoising_queries(pad_targets(labels, CPU), config)
+    assert (denoising.num_groups, denoising.num_objects) == (2, 6)
+    denoised = random_predictions(stages=2, queries=24, seed=4)
+    _, terms = loss_of(random_predictions(), labels, config, denoised=denoised, denoising=denoising)
+    expected = dict.fromkeys(("loss_class", "loss_bbox", "loss_giou"), 0.0)
+    for stage, image, group, sign, place in itertools.product(range(2), range(3), range(2), range(2), range(6)):
+        if image == 1 and place >= 2:
+            continue
+        query = (group * 2 + sign) * 6 + place
+        target = int(denoising.objects[image, query])
+        box, true = denoised.boxes[stage, image, query], labels[image]["boxes"][target]
+        one_hot = torch.zeros(5)
+        if sign == 0:
+            one_hot[labels[image]["class_labels"][target]] = 1
+            expected["loss_bbox"] += (box - true).abs().sum()
+            expected["loss_giou"] += generalized_box_iou_loss(center_to_corners(box), center_to_corners(true))
+        iou, _ = box_ious(center_to_corners(box), center_to_corners(true))
+        logits = denoised.logits[stage, image, query]
+        expected["loss_class"] += classification_loss(logits, one_hot, iou, config).sum()
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[f"{name}_denoising"], value / (2 * (6 + 2 + 6)))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_perfect_predictions_cost_nothing(kind):
     labels = random_labels([3])
     logits, boxes = torch.full((1, 1, 6, 5), -50.0), torch.full((1, 1, 6, 4), 0.9)

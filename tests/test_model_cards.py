@@ -138,6 +138,22 @@ def test_cards_remember_and_replace_what_was_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_detections": [1, 10, 100]}, False),
+        ({"max_detections": [1, 10, 1000]}, True),
+        ({"max_detections": [1000]}, True),
+        ({}, False),
+        (None, False),
+    ],
+)
+def test_more_detections_than_coco_counts_are_said(tmp_path, settings, said):
+    described = read_evaluation(write_evaluation(tmp_path / "report.json", settings=settings)).described()
+    assert ("1000 detections of a class in an image count" in described) == said
+    assert "100 detections" not in described
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"metrics": {}}, "nothing was measured"),

@@ -124,6 +124,18 @@ def test_batches_change_nothing_and_the_pipeline_says_the_same(model_directory, 
             )
 
 
+def test_more_objects_are_looked_for_if_asked_to(cat_and_dog, pictures, tmp_path):
+    found = [
+        len(
+            run(cat_and_dog, [pictures / "a"], tmp_path / "out", threshold=0, draw=False, **more).images[0][
+                "detections"
+            ]
+        )
+        for more in ({}, {"num_queries": 20})
+    ]
+    assert found == [9, 20]
+
+
 def test_second_run_replaces_its_own_files_only(model_directory, pictures, tmp_path):
     out = tmp_path / "in" / "out"  # inside of the input: pictures of the first run are no input of the second
     run(model_directory, [pictures], out)

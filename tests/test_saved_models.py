@@ -170,6 +170,42 @@ def test_training_starts_from_no_weights_of_another_shape(cat_and_dog, tmp_path,
         build_model(tiny_options(tmp_path, {"model": str(directory)}), ["cat", "dog"])
 
 
+def test_a_model_that_picks_its_queries_takes_any_number_of_them(cat_and_dog, tmp_path, images):
+    """The queries that it had before are among them, their logits what they were before the blocks saw the others."""
+    before, _ = load_detector(str(cat_and_dog))
+    after, _ = load_detector(str(cat_and_dog), num_queries=30)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    with torch.no_grad():
+        few, many = before(images), after(images)
+        assert many.logits.shape == (2, 30, 2)
+        torch.testing.assert_close(many.selection_logits[:, :9], few.selection_logits)
+        everything = load_detector(str(cat_and_dog), num_queries=1000)[0](images)
+    assert everything.logits.shape == (2, 8 * 12 + 4 * 6, 2)
+    after.save_pretrained(tmp_path)
+    again = type(after).from_pretrained(tmp_path).eval()
+    assert again.config.num_queries == 30
+    assert type(after).from_pretrained(cat_and_dog, num_queries=30).config.num_queries == 30
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, many.logits)
+
+
+@pytest.mark.parametrize("name", ["deperceiver_v2", "deperceiver", "detr"])
+def test_learned_queries_are_as_many_as_they_are(tmp_path, name):
+    options = tiny_options(tmp_path, TINY_ARCHITECTURES[name])
+    model = build_model(options, ["cat", "dog"])
+    if name == "deperceiver_v2":
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), "query_selection": False}))
+    model.save_pretrained(tmp_path / "saved")
+    build_image_processor(options).save_pretrained(tmp_path / "saved")
+    queries = model.config.num_queries
+    with pytest.raises(UserError, match=f"has {queries} object queries that it has learned, and cannot have 30"):
+        load_detector(str(tmp_path / "saved"), num_queries=30)
+    assert load_detector(str(tmp_path / "saved"), num_queries=queries)[0].config.num_queries == queries
+    for number in (0, -1):
+        with pytest.raises(UserError, match="num_queries must be at least 1"):
+            load_detector(str(tmp_path / "saved"), num_queries=number)
+
+
 @pytest.mark.parametrize("name", ["deperceiver", "detr"])  # with weights for each query
 def test_another_number_of_queries_is_said(tmp_path, name, caplog):
     options = tiny_options(tmp_path, TINY_ARCHITECTURES[name])
@@ -410,3 +446,19 @@ def test_frozen_parts_stay_as_they_are_in_whatever_trains_the_model(tmp_path, na
     assert (still == norms.keys()) == ("freeze_backbone" in fields)
     assert still
     assert not any(module.training for module in model.eval().modules())
+
+
+def test_what_a_prediction_costs_is_chosen_when_it_is_loaded(cat_and_dog, tmp_path):
+    model, _ = load_detector(str(cat_and_dog), num_blocks=1, token_share=0.5, num_queries=4)
+    assert model.config.dials() == (4, 1, 0.5)
+    for dials, message in (
+        ({"num_blocks": 7}, "`num_blocks` must be from 1 to the number of blocks, 2, not 7"),
+        ({"token_share": 0.0}, "`token_share` must be more than 0 and at most 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_detector(str(cat_and_dog), **dials)
+    options = tiny_options(tmp_path, TINY_ARCHITECTURES["detr"])
+    build_model(options, ["cat", "dog"]).save_pretrained(tmp_path / "detr")
+    build_image_processor(options).save_pretrained(tmp_path / "detr")
+    with pytest.raises(UserError, match="is a detr, which has no token_share to change"):
+        load_detector(str(tmp_path / "detr"), token_share=0.5)

@@ -34,7 +34,7 @@ from .output_files import (
     unique_names,
     write_json,
 )
-from .saved_models import load_detector, require_model_source
+from .saved_models import add_dial_arguments, load_detector, require_model_source
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -285,6 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output_dir", required=True, help="Directory for predictions.json and annotated/.")
     parser.add_argument("--threshold", type=float, default=0.5, help="Lowest score of a detection (%(default)s).")
+    add_dial_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=4, help="Images of one size at a time (%(default)s).")
     parser.add_argument(
         "--max_image_pixels", type=int, help="Images of more pixels are errors (178956970 if not given)."
@@ -304,6 +305,9 @@ def prepare_prediction(
     *,
     output_dir: str,
     threshold: float = 0.5,
+    num_queries: int | None = None,
+    num_blocks: int | None = None,
+    token_share: float | None = None,
     batch_size: int = 4,
     max_image_pixels: int | None = None,
     device: str = "auto",
@@ -317,6 +321,7 @@ def prepare_prediction(
             `search_images`.
         output_dir: directory for `predictions.json` and the pictures in `annotated/`, made if need be.
         threshold: lowest score of a detection, in [0, 1].
+        num_queries, num_blocks, token_share: see `load_detector`.
         batch_size: images that go through the model at a time, if that many are of one size.
         max_image_pixels: images of more pixels are errors, see `limit_pixels`.
         device: see `find_device`.
@@ -342,7 +347,8 @@ def prepare_prediction(
         pictures = require_writable_directory(directory / PICTURE_DIRECTORY)
         _require_other_files(found.files, pictures, picture_names(found.files))
     chosen = find_device(device)
-    detector, image_processor = load_detector(model)
+    dials: dict[str, Any] = {"num_queries": num_queries, "num_blocks": num_blocks, "token_share": token_share}
+    detector, image_processor = load_detector(model, **dials)
     runner = pipeline("object-detection", model=detector, image_processor=image_processor, device=chosen)
     runner.model.register_forward_hook(_refuse_not_finite)
     return PredictionJob(str(model), runner, found, directory, threshold, batch_size, draw)

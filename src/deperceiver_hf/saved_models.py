@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading what was saved of a detector, with errors that say what is wrong with the directory."""
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,20 +43,59 @@ WHOLE_NUMBERS = ("I", "U", "BOOL")  # in safetensors' names of types
 BATCH_COUNTER = "num_batches_tracked"  # of batch norms that learn; frozen ones have none
 
 
-def load_detector(source: str) -> tuple[PreTrainedModel, Any]:
+def load_detector(
+    source: str, *, num_queries: int | None = None, num_blocks: int | None = None, token_share: float | None = None
+) -> tuple[PreTrainedModel, Any]:
     """A detector ready to predict, and its image processor.
 
     Args:
         source: directory written by `save_pretrained` (any object detection model of transformers), or a Hub id.
+        num_queries: how many objects it is to look for at a time, if not as many as it was trained with: more for
+            crowded images, fewer to be faster. For models that pick their object queries from the image, such as
+            DePerceiver v2; as many as the image has tokens at most.
+        num_blocks, token_share: what a DePerceiver v2 spends on an image, see `DePerceiverV2Config`.
 
     Raises:
         OSError: there is no such directory, a file in it is missing, or the Hub cannot be reached.
-        ValueError: it holds no object detection model, or not all of its weights, or they are damaged.
+        ValueError: it holds no object detection model, or not all of its weights, or they are damaged; or it cannot do
+            what is asked for.
     """
     config = load_config(source)
+    saved_queries = getattr(config, "num_queries", None)
+    dials = {"num_queries": num_queries, "num_blocks": num_blocks, "token_share": token_share}
+    given = {name: value for name, value in dials.items() if value is not None}
+    if num_queries is not None and num_queries < 1:
+        raise UserError(f"num_queries must be at least 1, got {num_queries}.")
+    for name, value in given.items():
+        if not hasattr(config, name):
+            raise UserError(f"{source} is a {config.model_type}, which has no {name} to change; leave it out.")
+        setattr(config, name, value)
+    if isinstance(config, DePerceiverV2Config):
+        try:
+            config.dials(num_queries, num_blocks, token_share)
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from error
     processor = load_image_processor(source)
-    model = load_model(source, config)
+    model = load_model(source, config, saved_queries=saved_queries, new_queries=num_queries is None)
     return model.eval(), processor
+
+
+def add_dial_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a command the options of [`load_detector`]."""
+    parser.add_argument(
+        "--num_queries",
+        type=int,
+        help="Objects that are looked for at a time, if not as many as in training; for models that pick their "
+        "queries from the image (DePerceiver v2).",
+    )
+    parser.add_argument(
+        "--num_blocks", type=int, help="Blocks of a DePerceiver v2 that work, the first so many; fewer cost less."
+    )
+    parser.add_argument(
+        "--token_share",
+        type=float,
+        help="Share of the tokens that the blocks of a DePerceiver v2 read, in (0, 1]; a smaller one costs less.",
+    )
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -125,6 +165,7 @@ def load_model(
     model_class: Any = AutoModelForObjectDetection,
     *,
     saved_queries: int | None = None,
+    new_queries: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """The weights of a saved model, all of them.
@@ -135,6 +176,7 @@ def load_model(
         model_class: whose `from_pretrained` reads it.
         saved_queries: number of object queries of the saved model, if `config` may have another one: the weights that
             are as long as that, or as some groups of so many, are then new ones, with a warning.
+        new_queries: `False` refuses them instead.
         options: of `from_pretrained`.
 
     Raises:
@@ -150,7 +192,7 @@ def load_model(
             trust_remote_code=False,
             **options,
         )
-        _require_all_weights(model, report, source, saved_queries)
+        _require_all_weights(model, report, source, saved_queries, new_queries)
         _require_plausible_weights(model, source)
     return model
 
@@ -271,7 +313,7 @@ def _require_detections_of(processor: Any, config: PreTrainedConfig, source: str
 
 
 def _require_all_weights(
-    model: PreTrainedModel, report: dict[str, Any], source: str, saved_queries: int | None
+    model: PreTrainedModel, report: dict[str, Any], source: str, saved_queries: int | None, new_queries: bool
 ) -> None:
     """Refuse weights that do not fill the model, which transformers only warns of, leaving random numbers."""
     config, shapes = model.config, {name: tuple(map(tuple, sizes)) for name, *sizes in report["mismatched_keys"]}
@@ -294,6 +336,11 @@ def _require_all_weights(
         raise UserError(
             f"{source} lacks {len(lacking)} weights that its config.json with {config.num_labels} classes asks for, "
             f"e.g. {lacking[0]}; it was saved by another version or only in part, or config.json was changed."
+        )
+    if new and not new_queries:
+        raise UserError(
+            f"{source} has {saved_queries} object queries that it has learned, and cannot have {config.num_queries}: "
+            "leave num_queries out. Models that pick them from the image (DePerceiver v2 with query_selection) can."
         )
     if new and is_main_process():
         logger.warning(

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that compares costs: counted, measured, or against the number of tokens."""
+"""The command that compares costs: counted, measured, or against the number of tokens or of objects."""
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import cost, scaling, timing
+from . import cost, crowds, scaling, timing
 from .report import BenchmarkReport, check_output
 from .variants import DEFAULT_NUM_LATENTS, VARIANT_NAMES
 
@@ -14,11 +14,13 @@ COMPARISONS: dict[str, Callable[..., BenchmarkReport]] = {
     "cost": cost.compare_costs,
     "time": timing.compare_times,
     "scaling": scaling.compare_scaling,
+    "crowds": crowds.compare_crowds,
 }
 EXAMPLE = """examples:
   deperceiver benchmark cost --height 800 --width 1333
   deperceiver benchmark time --models detr-16 deperceiver-v2-base --device cuda
-  deperceiver benchmark scaling --sizes 256 512 --output scaling.md --figure scaling.png"""
+  deperceiver benchmark scaling --sizes 256 512 --output scaling.md --figure scaling.png
+  deperceiver benchmark crowds --objects 50 200 1000"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class BenchmarkJob:
     """A comparison whose files can be written.
 
     Attributes:
-        mode: `"cost"`, `"time"` or `"scaling"`.
+        mode: `"cost"`, `"time"`, `"scaling"` or `"crowds"`.
         options: Arguments of the function in [`COMPARISONS`].
         output: File for the report; `None` for none.
         figure: File for a picture of it; `None` for none.
@@ -76,10 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Compare DePerceiver with DETR: `cost` counts FLOPs, activations, memory and parameters, `time` measures\n"
-        "forward passes, `scaling` shows what follows the backbone against the number of tokens."
+        "forward passes, `scaling` shows what follows the backbone against the number of tokens, and `crowds` what a\n"
+        "training step takes against the number of objects."
     )
     parser.epilog = EXAMPLE
-    modes = parser.add_subparsers(dest="mode", required=True, metavar="{cost,time,scaling}")
+    modes = parser.add_subparsers(dest="mode", required=True, metavar="{cost,time,scaling,crowds}")
     names = f"Any of {', '.join(VARIANT_NAMES)}"
     counted = modes.add_parser(
         "cost",
@@ -135,7 +138,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Sides of the square images, in pixels (%(default)s).",
     )
     growth.add_argument("--figure", help="Draw the report in this .png file, too.")
-    for mode, warmup, repeats in ((timed, 2, 10), (growth, 1, 3)):
+    crowded = modes.add_parser(
+        "crowds",
+        allow_abbrev=False,
+        help="measure a training step for several numbers of objects",
+        description="Seconds and peak memory of a training step, and its matching alone, against the objects.",
+    )
+    crowded.add_argument(
+        "--model",
+        default=crowds.CROWDED_BY_DEFAULT,
+        metavar="NAME",
+        help=f"{', '.join(crowds.CROWDED)} (%(default)s).",
+    )
+    crowded.add_argument(
+        "--objects",
+        nargs="+",
+        type=int,
+        default=list(crowds.DEFAULT_OBJECTS),
+        metavar="N",
+        help="Objects in every image (%(default)s).",
+    )
+    crowded.add_argument("--height", type=int, default=320, help="Of the images, in pixels (%(default)s).")
+    crowded.add_argument("--width", type=int, default=320, help="Of the images, in pixels (%(default)s).")
+    crowded.add_argument("--batch_size", type=int, default=4, help="Images in a step (%(default)s).")
+    crowded.add_argument("--backbone", help="Name of a timm model (that of the preset).")
+    crowded.add_argument("--output", help="Write the report to this .json or .md file, too.")
+    for mode, warmup, repeats in ((timed, 2, 10), (growth, 1, 3), (crowded, 1, 3)):
         mode.add_argument("--device", default="cpu", help="auto, cpu, cuda:1, mps, ... (%(default)s).")
         mode.add_argument("--warmup", type=int, default=warmup, help="Passes that do not count (%(default)s).")
         mode.add_argument("--repeats", type=int, default=repeats, help="Passes that count (%(default)s).")

@@ -136,7 +136,7 @@ def count_cost(make_model: Callable[[], nn.Module], height: int, width: int, num
         raise UserError(f"attention must be eager to count its weights, but is {implementation!r}.")
     backbone = getattr(*place_of_backbone(model))
     tokens = backbone_flops = 0
-    flops, activations, memory = FlopCounterMode(display=False), _ActivationCounter(), _MemoryCounter()
+    flops, activations, memory = FlopCounterMode(display=False), _ActivationCounter(), MemoryCounter()
 
     def after_backbone(_, args: tuple, output: Any) -> None:
         nonlocal tokens, backbone_flops
@@ -170,7 +170,7 @@ def count_peak_memory(make_model: Callable[[], nn.Module], height: int, width: i
     """
     check_image_size(height, width)
     model = _make_without_contents(make_model)
-    memory = _MemoryCounter()
+    memory = MemoryCounter()
     getattr(*place_of_backbone(model)).register_forward_hook(lambda *_: memory.reset_peak())
     _run_without_contents(model, (1, num_channels, height, width), memory)
     return memory.peak
@@ -240,7 +240,7 @@ class _ActivationCounter(TorchDispatchMode):
         return output
 
 
-class _MemoryCounter(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Follows the bytes of all arrays that operations make, until nothing refers to them any more."""
 
     def __init__(self):

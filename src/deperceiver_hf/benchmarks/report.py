@@ -29,22 +29,24 @@ class BenchmarkReport:
     """Rows of figures by name, with what they depend on.
 
     Attributes:
-        kind: `"cost"`, `"time"` or `"scaling"`.
+        kind: `"cost"`, `"time"`, `"scaling"` or `"crowds"`.
         settings: Image size, latents, device and so on.
         rows: Figures by name, in plain units (FLOPs, elements, seconds, bytes).
         columns: Title of each column of the table, and how it reads a row.
+        row_name: What each row is of.
     """
 
     kind: str
     settings: dict[str, Any]
     rows: dict[str, dict[str, Any]]
     columns: dict[str, Callable[[dict[str, Any]], str]]
+    row_name: str = "model"
 
     def markdown(self) -> str:
         """The settings and the table."""
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
         rows = [[name, *(column(row) for column in self.columns.values())] for name, row in self.rows.items()]
-        return f"{settings}\n\n{markdown_table(['model', *self.columns], rows)}"
+        return f"{settings}\n\n{markdown_table([self.row_name, *self.columns], rows)}"
 
     def summary(self) -> str:
         """The report as text."""
@@ -52,7 +54,7 @@ class BenchmarkReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report for JSON, without the titles of the table."""
-        return {"kind": self.kind, "settings": self.settings, "models": self.rows}
+        return {"kind": self.kind, "settings": self.settings, f"{self.row_name}s": self.rows}
 
     def write(self, path: str | os.PathLike) -> None:
         """Write JSON or Markdown, by the suffix of a path that `check_output` has passed."""

@@ -180,7 +180,7 @@ def time_models(
         for turn in range(warmup + repeats):
             for name in running[:: -1 if turn % 2 else 1]:
                 try:
-                    elapsed, peak = _time_once(models[name], pixel_values, device)
+                    elapsed, peak = time_once(models[name], pixel_values, device)
                 except torch.cuda.OutOfMemoryError:
                     running.remove(name)
                     seconds[name].clear()
@@ -201,8 +201,10 @@ def time_models(
     }
 
 
-def _time_once(model: nn.Module, pixel_values: torch.Tensor, device: torch.device) -> tuple[float, int]:
-    """Seconds and peak bytes of one forward pass."""
+def time_once(
+    model: Callable[[torch.Tensor], Any], pixel_values: torch.Tensor, device: torch.device
+) -> tuple[float, int]:
+    """Seconds of one call and, on CUDA, the bytes that it took at its peak (0 elsewhere)."""
     before = 0
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -297,12 +297,13 @@ def remarks_on_objects(
         remarks.append(
             f"{source} has up to {most} objects in an image ({counts.per_image.mean():.1f} on average), the model "
             f"{num_queries} queries, each of which finds one: at most {100 * possible:.0f} % of the objects can be "
-            f"found." + (f" --num_queries {most} gives a new model enough." if training else "")
+            f"found. --num_queries {most} gives enough to a new model, and to a trained one that picks them from the "
+            "image."
         )
     if max_detections is not None and (most := int(counts.most_of_a_class.max())) > max_detections:
         remarks.append(
             f"{source} has up to {most} objects of a class in an image; AP counts {max_detections} detections of a "
-            "class in an image only."
+            f"class in an image only. `deperceiver evaluate --max_detections 1 10 {most}` counts all."
         )
     without = [name for name, count in zip(data.label_names, counts.per_class, strict=True) if not count]
     if training and without:

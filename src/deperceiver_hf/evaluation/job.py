@@ -4,7 +4,7 @@
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..data.plausibility import remarks_on_objects
 from ..errors import UserError
 from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
-from ..saved_models import load_detector, require_model_source
+from ..saved_models import add_dial_arguments, load_detector, require_model_source
 from .coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
 from .evaluator import EvaluationResult, evaluate_detector
 from .options import EvaluationOptions
@@ -67,6 +67,7 @@ class EvaluationJob:
     dataset: str
     split: str
     options: EvaluationOptions
+    dials: dict[str, float] = field(default_factory=dict)  # what was asked of the model, see `load_detector`
 
     def run(self) -> WrittenEvaluation:
         """Evaluate, and write the results on the main process."""
@@ -90,6 +91,7 @@ class EvaluationJob:
             predictions=str(self.predictions),
             settings={
                 **self.options.settings(),
+                **self.dials,
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
                 "image_size": dict(getattr(self.image_processor, "size", None) or {}),
@@ -153,8 +155,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         default=[1, 10, 100],
-        help="Detections per image and class to score; AP at the last number (1 10 100).",
+        help="Detections per image and class to score; AP at the last number (1 10 100). Crowded images need more.",
     )
+    add_dial_arguments(parser)
     parser.add_argument(
         "--size_boundaries",
         type=float,
@@ -188,6 +191,9 @@ def prepare_evaluation(
     device: str = "auto",
     mixed_precision: str = "auto",
     size_boundaries: Sequence[float] = COCO_SIZE_BOUNDARIES,
+    num_queries: int | None = None,
+    num_blocks: int | None = None,
+    token_share: float | None = None,
     **options,
 ) -> EvaluationJob:
     """Check everything that an evaluation needs before it starts.
@@ -203,6 +209,7 @@ def prepare_evaluation(
         device: see `find_device`.
         mixed_precision: see `choose_precision`.
         size_boundaries: sides of squares, in pixels of the data, whose areas part small, medium and large objects.
+        num_queries, num_blocks, token_share: see `load_detector`.
         options: the others of `EvaluationOptions`.
 
     Raises:
@@ -221,7 +228,8 @@ def prepare_evaluation(
     precision = choose_precision(mixed_precision, accelerator.device)
     if accelerator.is_main_process:
         logger.warning(f"Precision {precision.name}: {precision.reason}.")
-    detector, image_processor = load_detector(model)
+    dials: dict[str, Any] = {"num_queries": num_queries, "num_blocks": num_blocks, "token_share": token_share}
+    detector, image_processor = load_detector(model, **dials)
     limit_pixels(how.max_image_pixels)
     data = load_detection_data(dataset, split, max_samples=max_samples, bbox_format=box_format)
     if accelerator.is_main_process:
@@ -242,4 +250,5 @@ def prepare_evaluation(
         dataset=str(dataset),
         split=split,
         options=replace(how, mixed_precision=precision.name),
+        dials={name: value for name, value in dials.items() if value is not None},
     )

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..benchmarks.report import markdown_table
 from ..errors import UserError
+from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
 from ..evaluation.report import EvaluationReport
 from .tables import plural
 
@@ -34,6 +35,7 @@ class Evaluation:
         split: Of the data set.
         num_images: How many images were evaluated.
         date: Day of the evaluation, `None` if unknown.
+        max_detections: How many detections of a class in an image count.
     """
 
     metrics: dict[str, float]
@@ -41,10 +43,13 @@ class Evaluation:
     split: str
     num_images: int
     date: str | None = None
+    max_detections: int = COCO_MAX_DETECTIONS[-1]
 
     def described(self) -> str:
-        """Data set, split, number of images and date."""
+        """Data set, split, number of images, date, and how many detections count if not as many as in COCO."""
         parts = [self.split, plural(self.num_images, "image"), self.date]
+        if self.max_detections != COCO_MAX_DETECTIONS[-1]:
+            parts.append(f"{self.max_detections} detections of a class in an image count")
         return f"{self.dataset} ({', '.join(part for part in parts if part)})"
 
     def table(self) -> str:
@@ -64,7 +69,15 @@ def read_evaluation(path: str | os.PathLike) -> Evaluation:
     metrics = {key: float(report.metrics[key]) for key in METRIC_NAMES if report.metrics.get(key, -1) != -1}
     if not metrics:
         raise UserError(f"{path} has none of {', '.join(METRIC_NAMES)}: nothing was measured.")
-    return Evaluation(metrics, _dataset_name(report.dataset), report.split, report.num_images, report.date)
+    counted = (report.settings or {}).get("max_detections")
+    return Evaluation(
+        metrics,
+        _dataset_name(report.dataset),
+        report.split,
+        report.num_images,
+        report.date,
+        counted[-1] if isinstance(counted, list) and counted else COCO_MAX_DETECTIONS[-1],
+    )
 
 
 def card_metadata(

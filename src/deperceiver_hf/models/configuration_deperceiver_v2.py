@@ -106,7 +106,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     num_attention_heads (`int`, *optional*, defaults to 8):
         Heads of every attention.
     num_queries (`int`, *optional*, defaults to 300):
-        Number of object latents: the most objects that can be found in an image.
+        Number of object latents: the most objects that can be found in an image. With `query_selection`, a trained
+        model takes any other number, `from_pretrained(..., num_queries=1000)`.
     decoder_layers (`int`, *optional*, defaults to 6):
         Number of blocks, each a self-attention among the latents, a reading of the tokens and an MLP.
     num_blocks (`int`, *optional*):
@@ -135,7 +136,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         How a block corrects a box. `"relative"`: by a part of its sides. `"logit"`: in logits of its four numbers.
     num_denoising_queries (`int`, *optional*, defaults to 100):
         Denoising queries in training, about: as many pairs of a positive and a negative group of noised objects as
-        this gives room for, at least one. 0 trains without.
+        this gives room for, at least one. Of more than `num_queries` objects in an image so many are drawn. 0 trains
+        without.
     label_noise_ratio (`float`, *optional*, defaults to 0.25):
         Share of the denoising queries that are given a random class, in [0, 1].
     box_noise_scale (`float`, *optional*, defaults to 1.0):

@@ -5,7 +5,11 @@ Li et al. 2022, "DN-DETR" (https://arxiv.org/abs/2203.01305); contrastive groups
 (https://arxiv.org/abs/2203.03605), section 3.3: of each object a positive copy, to be restored, and a negative one of
 twice the noise, to be told from an object.
 
-Shapes: B images, T = most objects in an image, G groups, P = 2 G T denoising queries, ordered (group, sign, object).
+What they cost has a ceiling, whatever the number of objects: groups shrink to one, then each image draws some of its
+objects.
+
+Shapes: B images, T = most objects in an image, K <= T objects that are noised, G groups, P = 2 G K denoising queries,
+ordered (group, sign, object).
 """
 
 from typing import NamedTuple
@@ -15,7 +19,7 @@ from einops import rearrange
 
 from .configuration_deperceiver_v2 import DePerceiverV2Config
 from .matching_deperceiver import DetectionTargets, center_to_corners
-from .tokens_deperceiver_v2 import SelectedTokens
+from .tokens_deperceiver_v2 import SelectedTokens, gather_rows
 
 
 class DenoisingQueries(NamedTuple):
@@ -26,13 +30,20 @@ class DenoisingQueries(NamedTuple):
         boxes (`torch.Tensor` of shape `(B, P, 4)`): Noised boxes, (center x, center y, width, height) in [0, 1].
         is_query (`torch.Tensor` of shape `(B, P)`): `False` at padding queries, where an image has fewer objects than
             another.
+        objects (`torch.Tensor` of shape `(B, P)`): Which of the T objects of its image each was made of.
         num_groups (`int`): G.
     """
 
     class_labels: torch.Tensor
     boxes: torch.Tensor
     is_query: torch.Tensor
+    objects: torch.Tensor
     num_groups: int
+
+    @property
+    def num_objects(self) -> int:
+        """K."""
+        return self.is_query.shape[1] // (2 * self.num_groups)
 
     def may_attend(self, num_latents: int) -> torch.Tensor:
         """Which of the P queries and the `num_latents` latents behind them `(1, 1, P + M, P + M)` see which: a query
@@ -116,14 +127,17 @@ def object_targets(targets: DetectionTargets) -> tuple[torch.Tensor, torch.Tenso
 def make_denoising_queries(targets: DetectionTargets, config: DePerceiverV2Config) -> DenoisingQueries:
     """Noise the objects of a batch: as many groups as `num_denoising_queries` has room for, at least one.
 
-    Without any object there are padding queries only: with several processes every parameter has to take part in every
-    step.
+    Images of more objects than `num_queries` draw so many of them, so that there are never more denoising queries than
+    `num_denoising_queries` or 2 `num_queries`, whichever is more. Without any object there are padding queries only:
+    with several processes every parameter has to take part in every step.
     """
     class_labels, boxes, is_object = object_targets(targets)
-    num_objects = class_labels.shape[1]
-    num_groups = max(1, config.num_denoising_queries // (2 * num_objects))
+    objects = _draw_objects(is_object, config.num_queries)  # (B, K)
+    class_labels, is_object = class_labels.gather(1, objects), is_object.gather(1, objects)
+    boxes = gather_rows(boxes, objects)
+    num_groups = max(1, config.num_denoising_queries // (2 * objects.shape[1]))
 
-    def copies(values: torch.Tensor) -> torch.Tensor:  # (B, T, ...) -> (B, G, 2, T, ...)
+    def copies(values: torch.Tensor) -> torch.Tensor:  # (B, K, ...) -> (B, G, 2, K, ...)
         return values[:, None, None].expand(-1, num_groups, 2, *values.shape[1:])
 
     # Labels out of range are refused by the matching, which comes after the forward pass.
@@ -146,5 +160,18 @@ def make_denoising_queries(targets: DetectionTargets, config: DePerceiverV2Confi
         class_labels=rearrange(labels, flat),
         boxes=rearrange(noised, "b g s t c -> b (g s t) c"),
         is_query=rearrange(copies(is_object), flat),
+        objects=rearrange(copies(objects), flat),
         num_groups=num_groups,
     )
+
+
+def _draw_objects(is_object: torch.Tensor, most: int) -> torch.Tensor:
+    """Indices `(B, K)` of `most` objects of each image at random, in ascending order: of all where there are no more.
+
+    Images of fewer objects keep all of theirs; nothing is drawn where no image has more.
+    """
+    batch_size, num_objects = is_object.shape
+    if num_objects <= most:
+        return torch.arange(num_objects, device=is_object.device).expand(batch_size, -1)
+    order = torch.rand(is_object.shape, device=is_object.device).masked_fill(~is_object, torch.inf)
+    return order.topk(most, dim=1, largest=False).indices.sort(dim=1).values

@@ -23,6 +23,7 @@ from .matching_deperceiver import (
     mean_boxes_per_process,
     pad_targets,
 )
+from .tokens_deperceiver_v2 import gather_rows
 
 
 class Predictions(NamedTuple):
@@ -114,7 +115,10 @@ def detection_loss(
     """
     with torch.autocast(device_type=blocks.logits.device.type, enabled=False):
         # Before anything that can raise on one process only: the others would wait for it here.
-        num_boxes = mean_boxes_per_process(sum(targets.sizes), blocks.logits.device)
+        num_boxes = num_noised = mean_boxes_per_process(sum(targets.sizes), blocks.logits.device)
+        if denoising is not None:
+            drawn = sum(min(size, denoising.num_objects) for size in targets.sizes)
+            num_noised = mean_boxes_per_process(drawn, blocks.logits.device)
         blocks = blocks.float()
         terms, pairs = _set_terms(blocks, is_query, targets, num_boxes, config)
         names = [f"_{block}" for block in range(len(blocks.logits) - 1)] + [""]
@@ -127,7 +131,7 @@ def detection_loss(
             loss_dict |= {f"{name}_selection": values.detach().sum() for name, values in terms.items()}
             total = total + weighted_sum(terms, config)
         if denoised is not None and denoising is not None:
-            terms = _denoising_terms(denoised.float(), denoising, targets, num_boxes, config)
+            terms = _denoising_terms(denoised.float(), denoising, targets, num_noised, config)
             loss_dict |= {f"{name}_denoising": values.detach().sum() for name, values in terms.items()}
             total = total + weighted_sum(terms, config)
     return total, loss_dict
@@ -207,26 +211,25 @@ def _denoising_terms(
     denoised: Predictions,
     denoising: DenoisingQueries,
     targets: DetectionTargets,
-    num_boxes: torch.Tensor,
+    num_noised: torch.Tensor,
     config: DePerceiverV2Config,
 ) -> dict[str, torch.Tensor]:
-    """Positive queries know their object, negative ones have none; the mean over the groups."""
+    """Positive queries know their object, negative ones have none; the mean over the objects that were noised, and
+    over the groups."""
     class_labels, boxes, _ = object_targets(targets)
-    num_objects = class_labels.shape[1]
-    positive = torch.arange(denoising.is_query.shape[1], device=boxes.device) // num_objects % 2 == 0  # (P,)
+    class_labels, boxes = class_labels.gather(1, denoising.objects), gather_rows(boxes, denoising.objects)
+    positive = torch.arange(denoising.is_query.shape[1], device=boxes.device) // denoising.num_objects % 2 == 0  # (P,)
     is_query = denoising.is_query.float()  # (B, P)
     matched = is_query * positive
-    repeats = 2 * denoising.num_groups
-    class_labels, boxes = class_labels.repeat(1, repeats), boxes.repeat(1, repeats, 1)  # (B, P), (B, P, 4)
 
-    num_boxes = num_boxes * denoising.num_groups
+    num_noised = num_noised * denoising.num_groups
     iou, giou = box_ious(center_to_corners(denoised.boxes), center_to_corners(boxes))  # (S, B, P)
     one_hot = nn.functional.one_hot(class_labels, config.num_labels) * matched[..., None]  # (B, P, C)
     losses = classification_loss(denoised.logits, one_hot.expand_as(denoised.logits), iou, config)
     return {
-        "loss_class": (losses * is_query[..., None]).sum((1, 2, 3)) / num_boxes,
-        "loss_bbox": ((denoised.boxes - boxes).abs().sum(-1) * matched).sum((1, 2)) / num_boxes,
-        "loss_giou": ((1 - giou) * matched).sum((1, 2)) / num_boxes,
+        "loss_class": (losses * is_query[..., None]).sum((1, 2, 3)) / num_noised,
+        "loss_bbox": ((denoised.boxes - boxes).abs().sum(-1) * matched).sum((1, 2)) / num_noised,
+        "loss_giou": ((1 - giou) * matched).sum((1, 2)) / num_noised,
     }
 
 

@@ -2,8 +2,8 @@
 """Matching of predictions with objects, for the losses of both architectures and of the models trained beside them.
 
 Predictions and objects are matched one to one at the least total cost by the Hungarian method (Carion et al. 2020,
-"End-to-End Object Detection with Transformers", section 3.1), for all decoder layers and images from one cost tensor
-and one copy to the host.
+"End-to-End Object Detection with Transformers", section 3.1), for all decoder layers and images with one copy of the
+costs to the host. A batch is compared part by part, so that a crowded image makes its neighbours as long, not all.
 
 Shapes: L decoder layers, B images, Q queries, C classes, T = most objects in an image, P matched pairs.
 """
@@ -11,12 +11,14 @@ Shapes: L decoder layers, B images, Q queries, C classes, T = most objects in an
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from transformers import PreTrainedConfig
 
 PADDING_COST = 1e6  # of giving any object to a padding query
+PAIRS_AT_ONCE = 2**21  # of predictions and objects, that are compared with each other: 8 MiB per array
 BOX_TOLERANCE = 0.01  # by which rounding may take a target box beyond [0, 1]
 
 
@@ -157,7 +159,7 @@ def hungarian_match(
         FloatingPointError: Predictions or target boxes are not finite; says which.
         ValueError: A class label is not one of the model's, or a target box is not in [0, 1].
     """
-    num_layers, batch_size, num_queries, num_outputs = logits.shape
+    num_layers, _, num_queries, num_outputs = logits.shape
     num_classes = num_outputs - 1 if num_classes is None else num_classes
     class_labels = targets.class_labels
     labels_in_range = class_labels.clamp(0, num_classes - 1)
@@ -168,14 +170,18 @@ def hungarian_match(
         "class_labels": (labels_in_range != class_labels).any(),
         "boxes": _is_implausible(targets.boxes).any(),
     }
-    cost = matching_cost(
-        logits, pred_boxes, targets._replace(class_labels=labels_in_range), config, class_cost_function
-    )
-    if is_query is not None:  # all objects alike, so that padding has no part in who gets which of the others
-        cost = cost.masked_fill(~is_query[..., None], PADDING_COST)
+    parts = _parts(targets.sizes, num_layers * num_queries)
+    costs = []
+    for part in parts:
+        most, sizes = max(targets.sizes[part]), targets.sizes[part]
+        own = DetectionTargets(labels_in_range[part, :most], targets.boxes[part, :most], sizes)
+        cost = matching_cost(logits[:, part], pred_boxes[:, part], own, config, class_cost_function)
+        if is_query is not None:  # all objects alike, so that padding has no part in who gets which of the others
+            cost = cost.masked_fill(~is_query[part, :, None], PADDING_COST)
+        costs.append(cost)
     # One copy brings the costs and the verdicts on the inputs to the host.
-    flags = torch.stack(list(problems.values())).to(cost.dtype)
-    on_host = torch.cat((flags, cost.flatten())).cpu()
+    flags = torch.stack(list(problems.values())).to(logits.dtype)
+    on_host = torch.cat((flags, *(cost.flatten() for cost in costs))).cpu()
     found = [name for name, flag in zip(problems, on_host[: len(problems)].tolist(), strict=True) if flag]
     if "class_labels" in found:
         wrong = class_labels[labels_in_range != class_labels][0]
@@ -193,15 +199,31 @@ def hungarian_match(
         )
     if found:
         raise FloatingPointError(f"matching needs finite numbers, but these are not: {', '.join(found)}.")
-    costs = on_host[len(problems) :].view(num_layers, batch_size, num_queries, -1).numpy()
-
-    pairs: list[tuple[int, int, int, int]] = []
+    values = on_host[len(problems) :].split([cost.numel() for cost in costs])
+    of_images = [
+        image_cost[..., :size].numpy()  # (L, Q, objects of the image)
+        for part, cost, numbers in zip(parts, costs, values, strict=True)
+        for image_cost, size in zip(numbers.view(cost.shape).unbind(1), targets.sizes[part], strict=True)
+    ]
+    pairs = []
     for layer in range(num_layers):
-        for image, size in enumerate(targets.sizes):
-            queries, objects = linear_sum_assignment(costs[layer, image, :, :size])
-            pairs.extend((layer, image, int(q), int(t)) for q, t in zip(queries, objects, strict=True))
-    indices = torch.tensor(pairs, dtype=torch.long).view(-1, 4).T.contiguous()
+        for image, image_cost in enumerate(of_images):
+            queries, objects = linear_sum_assignment(image_cost[layer])
+            pairs.append(np.stack((np.full_like(queries, layer), np.full_like(queries, image), queries, objects)))
+    indices = torch.from_numpy(np.concatenate(pairs, axis=1))
     return MatchedPairs(*indices.to(logits.device, non_blocking=True))
+
+
+def _parts(sizes: list[int], pairs_per_object: int) -> list[slice]:
+    """Neighbouring images of a batch that are compared together: padded to the same number of objects, they are
+    `PAIRS_AT_ONCE`, or a single image."""
+    parts, start, most = [], 0, 0
+    for image, size in enumerate(sizes):
+        most = max(most, size)
+        if image > start and (image - start + 1) * most * pairs_per_object > PAIRS_AT_ONCE:
+            parts.append(slice(start, image))
+            start, most = image, size
+    return [*parts, slice(start, len(sizes))]
 
 
 def _is_implausible(boxes: torch.Tensor) -> torch.Tensor:

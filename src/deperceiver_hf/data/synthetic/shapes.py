@@ -10,6 +10,8 @@ import PIL.ImageDraw
 _CURVE_POINTS = 48
 _GAP = 1.0  # pixels between two shapes
 _SUPERSAMPLING = 4
+_ANGLES = np.arange(24) * (np.pi / 24)
+_DIRECTIONS = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)])  # (2, directions)
 
 
 def _regular(points: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
@@ -73,25 +75,47 @@ def random_shape(random: np.random.Generator, side: float, label: int | None = N
     return Shape(label, (outline - low) * scale, (0.0, 0.0, width, height))
 
 
-def any_overlap(shape: Shape, others: list[Shape]) -> bool:
-    """Whether the convex hull of a shape comes near that of another, so that one could hide the other."""
-    x, y, width, height = shape.box
-    for other in others:
-        ox, oy, other_width, other_height = other.box
-        apart_x = x > ox + other_width + _GAP or ox > x + width + _GAP
-        apart_y = y > oy + other_height + _GAP or oy > y + height + _GAP
-        if not (apart_x or apart_y) and not _separable(shape.outline, other.outline):
-            return True
-    return False
+class PlacedShapes:
+    """Shapes that have their place in the image, and what is close to them.
+
+    The boxes of all are looked at together and the outlines of those only whose boxes are near, so that a thousand
+    shapes find their places in a fraction of a second.
+    """
+
+    def __init__(self):
+        self.shapes: list[Shape] = []
+        self._boxes = np.empty((4, 64))  # left, top, and right and bottom with the gap; in columns
+        self._extents = np.empty((2, 64, _DIRECTIONS.shape[1]))  # least and greatest along each direction
+
+    def add(self, shape: Shape) -> None:
+        count = len(self.shapes)
+        if count == self._boxes.shape[1]:
+            self._boxes = np.concatenate((self._boxes, np.empty_like(self._boxes)), axis=1)
+            self._extents = np.concatenate((self._extents, np.empty_like(self._extents)), axis=1)
+        x, y, width, height = shape.box
+        self._boxes[:, count] = x, y, x + width + _GAP, y + height + _GAP
+        self._extents[:, count] = _extent(shape.outline)
+        self.shapes.append(shape)
+
+    def overlap(self, shape: Shape) -> bool:
+        """Whether the convex hull of a shape comes near that of one of these, so that one could hide the other."""
+        x, y, width, height = shape.box
+        left, top, right, bottom = self._boxes[:, : len(self.shapes)]
+        apart = (x > right) | (left > x + width + _GAP) | (y > bottom) | (top > y + height + _GAP)
+        near = np.flatnonzero(~apart)
+        if not len(near):
+            return False
+        low, high = _extent(shape.outline)
+        other_low, other_high = self._extents[:, near]  # (near, directions)
+        gap = np.maximum(other_low - high, low - other_high).max(axis=1)
+        return bool((gap <= _GAP).any())
 
 
-def _separable(first: np.ndarray, second: np.ndarray, directions: int = 24) -> bool:
-    """Whether a line keeps two point sets apart, tried in some directions: it may overlook one, but never invents."""
-    angles = np.arange(directions) * (np.pi / directions)
-    axes = np.stack([np.cos(angles), np.sin(angles)])  # (2, directions)
-    a, b = first @ axes, second @ axes
-    gap = np.maximum(b.min(axis=0) - a.max(axis=0), a.min(axis=0) - b.max(axis=0))
-    return bool(gap.max() > _GAP)
+def _extent(outline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far an outline (P, 2) reaches along each of some directions: a line across one of them that keeps two
+    outlines apart may be overlooked, but is never invented."""
+    along = outline @ _DIRECTIONS
+    return along.min(axis=0), along.max(axis=0)
 
 
 def paint_shape(canvas: np.ndarray, shape: Shape, colour: np.ndarray) -> None:
