@@ -133,7 +133,7 @@ def test_cost_of_the_fusion_has_a_ceiling(monkeypatch):
         ({"num_blocks": 0}, "`num_blocks` must be"),
         ({"token_share": 0.0}, "`token_share` must be more than 0"),
         ({"token_share": 1.5}, "`token_share` must be more than 0"),
-        ({"min_token_share": -0.1}, "`token_share` must be more than 0"),
+        ({"min_token_share": -0.1}, "`min_token_share` must be more than 0"),
         ({"token_share": 0.5, "query_selection": False}, "`query_selection=False`"),
     ],
 )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card of a DePerceiver v2."""
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 from ..benchmarks.cost import Cost, count_cost
 from ..benchmarks.variants import deperceiver_v2_variant, make_detr
 from ..data.coco_categories import COCO_CATEGORIES
+from ..errors import UserError
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..models.detector_features_deperceiver_v2 import detector_family
 from ..models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
@@ -63,9 +65,12 @@ For one image of {{ image_height }} x {{ image_width }} pixels, a multiplication
 
 {{ cost_table }}
 
+{% if with_detr -%}
 DETR has the same backbone, feature maps, width and heads here; as in its paper it has 6 + 6 layers, MLPs of eight
-times the width and 100 object queries. Activations are the outputs of matrix products and convolutions,
-attention weights included; fused attention does not store the latter.
+times the width and 100 object queries.
+{% endif -%}
+Activations are the outputs of matrix products and convolutions, attention weights included; fused attention does not
+store the latter.
 {%- if not config.share_key_values %}
 Keys and values of the cells are computed in every block; `share_key_values=True` computes them once.
 {%- endif %}
@@ -201,6 +206,7 @@ def make_deperceiver_v2_card(
         model_path: What the example of use loads.
     """
     height, width = IMAGE_SIZE
+    costs = _comparable_costs(config, height, width)
     if config.token_encoder == "detector":
         height = width = _side_of_detector(config)
     from_detector = config.token_encoder == "detector"
@@ -217,7 +223,8 @@ def make_deperceiver_v2_card(
         architecture_rows=_rows(_describe_architecture(config).items()),
         image_height=height,
         image_width=width,
-        cost_table=cost_table(_comparable_costs(config, height, width)),
+        cost_table=cost_table(costs),
+        with_detr=len(costs) > 1,
         model_path=model_path,
         training_command=None if preset is None else _training_command(preset, f"outputs/{name}"),
         evaluations=evaluations,
@@ -261,17 +268,18 @@ def _comparable_costs(config: DePerceiverV2Config, height: int, width: int) -> M
     backbone: Any = config.backbone_config
     if backbone.model_type != "timm_backbone" or config.dilation or config.num_channels != 3:
         return costs
-    costs["DETR on the same tokens"] = count_cost(
-        lambda: make_detr(
-            config.strides,
-            backbone=backbone.backbone,
-            d_model=config.d_model,
-            num_heads=config.num_attention_heads,
-            attn_implementation="eager",
-        ),
-        height,
-        width,
-    )
+    with contextlib.suppress(UserError):  # not every backbone can be that of a DETR
+        costs["DETR on the same tokens"] = count_cost(
+            lambda: make_detr(
+                config.strides,
+                backbone=backbone.backbone,
+                d_model=config.d_model,
+                num_heads=config.num_attention_heads,
+                attn_implementation="eager",
+            ),
+            height,
+            width,
+        )
     return costs
 
 

@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_layers": 3,
         "share_key_values": True,
         "num_denoising_queries": 40,
+        "min_token_share": 0.25,
     },
     "small": {
         "backbone": "resnet18",
@@ -38,9 +39,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_queries": 200,
         "decoder_layers": 3,
+        "min_token_share": 0.25,
     },
-    "base": {"backbone": "resnet50"},
-    "large": {"backbone": "resnet50", "feature_strides": [4, 8, 16, 32], "num_queries": 500},
+    "base": {"backbone": "resnet50", "min_token_share": 0.25},
+    "large": {
+        "backbone": "resnet50",
+        "feature_strides": [4, 8, 16, 32],
+        "num_queries": 500,
+        "min_token_share": 0.25,
+    },
 }
 """Sizes of the architecture, as fields that differ from the defaults of [`DePerceiverV2Config`]."""
 
@@ -117,7 +124,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Share of the tokens that the blocks read, in (0, 1]: in every level but the coarsest those that lie nearest to
         what the selection takes for objects. In training see `min_token_share`.
     min_token_share (`float`, *optional*, defaults to 1.0):
-        In training the share is drawn anew in every step, from here to 1.
+        In training the share is drawn anew in every step, from here to 1; not where object latents are learned.
     widening_factor (`int`, *optional*, defaults to 4):
         Hidden width of the MLP of a block, relative to `d_model`.
     dropout (`float`, *optional*, defaults to 0.0):
@@ -338,7 +345,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         if self.num_blocks is not None:
             self.require_at_least(1, "num_blocks")
         self.dials()
-        self.dials(token_share=self.min_token_share)
+        if not 0 < self.min_token_share <= 1:
+            raise ValueError(f"`min_token_share` must be more than 0 and at most 1, not {self.min_token_share}.")
         if self.token_encoder == "fusion":
             self._check_width("fusion_dim")
         self.require_dropouts("dropout", "attention_dropout")
@@ -365,7 +373,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         """
         if training:
             blocks, share = self.decoder_layers, 1.0
-            if self.min_token_share < 1:
+            if self.min_token_share < 1 and self.query_selection:
                 share = self.min_token_share + (1 - self.min_token_share) * torch.rand(()).item()
         else:
             blocks, share = self.num_blocks or self.decoder_layers, self.token_share
