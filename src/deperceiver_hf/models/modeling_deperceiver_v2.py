@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """DePerceiver v2: a Perceiver whose latents are the objects.
 
-    image -> backbone -> tokens of several strides
-          -> the most promising tokens become object latents, each with a box
-          -> blocks: latents attend to each other, read all tokens (each head near the box), refine their boxes
+    image -> backbone -> token encoder: maps of all strides fused -> tokens
+          -> selection: the most promising tokens become object latents, each with a box
+          -> pool: the share of the tokens that lies nearest to objects
+          -> blocks: latents attend to each other, read these tokens (each head near the box), refine their boxes
 
 The first architecture reads the objects out of anonymous latents at the end, once; positions of small objects do not
 survive that. Here each latent is an object from the start and reads the high-resolution tokens again in every block.
