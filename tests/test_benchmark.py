@@ -363,7 +363,7 @@ def test_the_memory_of_a_training_step_has_a_ceiling_in_the_number_of_objects(tm
     report = compare_crowds("deperceiver-v2-nano", objects=[10, 60, 120, 600], **options)
     few, limit, twice, many = (row["peak_memory"] for row in report.rows.values())
     assert few < limit
-    assert twice <= 1.02 * limit
+    assert twice <= 1.05 * limit
     pairs = 4 * 3 * 2 * 60 * 600  # bytes of an array of all blocks, images, latents and objects
     assert many <= limit + 12 * pairs
     assert all(0 < row["matching_seconds"] < row["seconds"] for row in report.rows.values())

@@ -39,7 +39,7 @@ PACKAGE = Path(deperceiver_hf.__file__).parent
 # --- the home directory ------------------------------------------------------------------------------------------
 
 PATHS = {  # of each command; the test below has each of them begin with ~
-    "train": {"output_dir", "model", "resume", "recipe", "pretrained_backbone"},
+    "train": {"output_dir", "model", "start_from", "resume", "recipe", "pretrained_backbone"},
     "evaluate": {"output", "predictions", "model"},
     "predict": {"inputs", "output_dir", "model"},
     "compare": {"output_dir", "models"},
@@ -50,7 +50,14 @@ PATHS = {  # of each command; the test below has each of them begin with ~
 }
 NO_PATHS = {
     *("amp", "use_bfloat", "cache_images", "dilation", "gradient_checkpointing", "group_by_aspect_ratio"),
-    *("multiscale", "no_aux_loss", "no_pretrained_backbone", "overwrite_output_dir"),
+    *(
+        "cache_features",
+        "eval_without_ema",
+        "multiscale",
+        "no_aux_loss",
+        "no_pretrained_backbone",
+        "overwrite_output_dir",
+    ),
     *("architecture", "attn_implementation", "augmentation", "backbone", "downsample_factor", "lr_scheduler"),
     *("mixed_precision", "on_bad_image", "position_embedding", "preset", "config", "device", "timed"),
     *("eval_split", "train_split", "split", "project", "run_name", "report_to", "push_to_hub"),
@@ -74,7 +81,7 @@ def test_every_path_of_a_command_is_known_here(command):
     module = importlib.import_module(f"deperceiver_hf.{cli.COMMANDS[command].module}")
     parser = argparse.ArgumentParser(parents=module.parents() if hasattr(module, "parents") else [], add_help=False)
     module.add_arguments(parser)
-    others = PATHS[command] | (set() if command != "benchmark" else {"models"})
+    others = PATHS[command] | (set() if command != "benchmark" else {"model", "models"})
     assert texts_of(parser) - NO_PATHS == others
 
 

@@ -206,9 +206,9 @@ def make_deperceiver_v2_card(
         model_path: What the example of use loads.
     """
     height, width = IMAGE_SIZE
-    costs = _comparable_costs(config, height, width)
     if config.token_encoder == "detector":
         height = width = _side_of_detector(config)
+    costs = _comparable_costs(config, height, width)
     from_detector = config.token_encoder == "detector"
     origin = {"name": "DETECTOR", "license": "unknown"} | (config.start_from or {})
     preset = _preset_of(config)

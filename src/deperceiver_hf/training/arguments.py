@@ -265,7 +265,7 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
         return self.output_dir or f"outputs/{self.run_name}"
 
     def __post_init__(self) -> None:
-        for name in ("output_dir", "resume", "model", "pretrained_backbone"):
+        for name in ("output_dir", "resume", "model", "start_from", "pretrained_backbone"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, expand_home(path))
         self.check_ranges()

@@ -14,7 +14,7 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 
 from ...backbone_weights import load_backbone_weights
 from ...errors import UserError
-from ...models.backbone_deperceiver import backbone_stage
+from ...models.backbone_deperceiver import FrozenInPart, backbone_stage
 from ...models.configuration_backbone_deperceiver import timm_out_indices
 from .architecture import Architecture
 from .options import ModelOptions
@@ -36,8 +36,11 @@ class TransformersArchitecture(Architecture):
 
 
 def backbone_of(detector: PreTrainedModel) -> nn.Module:
-    """The backbone of a detector of any architecture, without what projects its feature maps."""
+    """The backbone of a detector of any architecture, without what projects its feature maps; of a model of ours all
+    that stands in the place of one, such as the encoder of another detector."""
     model = detector.model
+    if isinstance(getattr(model, "backbone", None), FrozenInPart):
+        return model.backbone
     if hasattr(model, "conv_encoder"):  # DEIMv2, with the projections of its maps beside it
         return getattr(model.conv_encoder, "model", None) or model.conv_encoder.backbone
     return getattr(model.backbone, "backbone", model.backbone)  # LW-DETR and RF-DETR keep the projector beside it
