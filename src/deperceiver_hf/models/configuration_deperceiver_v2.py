@@ -12,10 +12,13 @@ from transformers.utils import auto_docstring
 from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
 from .detector_features_deperceiver_v2 import detector_family
 
+FIRST_EDITION = {"token_encoder": "none", "box_steps": "logit", "classification_loss": "mal"}
+"""What a saved configuration means that does not say these fields: it is from before there was a choice."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {
+        **FIRST_EDITION,  # in minutes from random weights it learns faster
         "backbone": "test_resnet",
-        "token_encoder": "none",
         "d_model": 96,
         "num_attention_heads": 4,
         "num_queries": 60,
@@ -50,9 +53,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Sizes of the architecture, as fields that differ from the defaults of [`DePerceiverV2Config`]."""
-
-FIRST_EDITION = {"token_encoder": "none", "box_steps": "logit", "classification_loss": "mal"}
-"""What a saved configuration means that does not say these fields: it is from before there was a choice."""
 
 REMOVED_FIELDS = {"num_context_latents": 0, "box_refinement": True, "selection_matches": 1}
 """Fields of configurations saved by version 0.2.0 that exist no more, with the only value that can still be built."""
