@@ -40,6 +40,7 @@ LFS_POINTER = b"version https://git-lfs"
 PROCESSOR_FIELDS = {"image_processor_type", "feature_extractor_type", "size"}  # it has one of them
 WEIGHT_FILES = (".safetensors", ".bin", ".json")
 WHOLE_NUMBERS = ("I", "U", "BOOL")  # in safetensors' names of types
+LARGEST_WEIGHT = 1e15  # of a training; what is larger is damage, and overflows
 BATCH_COUNTER = "num_batches_tracked"  # of batch norms that learn; frozen ones have none
 
 
@@ -356,18 +357,18 @@ def _require_all_weights(
 
 
 def _require_plausible_weights(model: PreTrainedModel, source: str) -> None:
-    """Refuse weights that no training makes: not finite, variances below 0, integers."""
+    """Refuse weights that no training makes: not finite or huge, variances below 0, integers."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     broken = [
         name
         for name, tensor in tensors.items()
-        if not tensor.isfinite().all() or (name.endswith("running_var") and (tensor < 0).any())
+        if not (tensor.abs() <= LARGEST_WEIGHT).all() or (name.endswith("running_var") and (tensor < 0).any())
     ]
     if broken:
         raise UserError(
-            f"{len(broken)} weights of {source}, e.g. {broken[0]}, are not finite (NaN or infinite), or variances "
-            "below 0: it is damaged, or from a training that failed. Take an earlier model of the run."
+            f"{len(broken)} weights of {source}, e.g. {broken[0]}, are not finite (NaN or infinite), huge, or "
+            "variances below 0: it is damaged, or from a training that failed. Take an earlier model of the run."
         )
     for file in sorted(Path(source).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
