@@ -56,7 +56,7 @@ def test_every_map_hears_of_every_other():
     """Of a change in one cell of any level, all levels know, and the coarsest in every cell."""
     config = tiny_v2_config(feature_strides=[8, 16, 32])
     torch.manual_seed(0)
-    fusion = encoder.DePerceiverV2Fusion(config, [4, 6, 8])
+    fusion = encoder.DePerceiverV2Fusion(config, [4, 6, 8], [8, 16, 32])
     for module in fusion.modules():  # `PreTrainedModel` starts them in a model
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
@@ -74,8 +74,27 @@ def test_every_map_hears_of_every_other():
         assert ((after[-1][0] - before[-1][0]).abs().amax(1) > 0).all()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"feature_strides": [8, 32]}, {"feature_strides": [8, 16, 32], "dilation": True, "backbone": "resnet18"}],
+    ids=["a level left out", "dilation"],
+)
+def test_levels_that_are_not_half_of_one_another_stay_in_place(fields):
+    """What is shrunk has the size of the map that it is fused with."""
+    model = tiny_v2_model(**fields)
+    sizes = []
+    for block in model.model.token_encoder.bottom_up:
+        block.register_forward_pre_hook(lambda _, args: sizes.append((args[0].shape[-2:], args[1].shape[-2:])))
+    uncut = []
+    for shrink in model.model.token_encoder.shrink:
+        shrink.register_forward_hook(lambda _, args, output: uncut.append(output.shape[-2:]))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 96))
+    assert [one for one, _ in sizes] == [other for _, other in sizes] == uncut
+
+
 def test_sides_that_a_backbone_rounds_down_fit():
-    fusion = encoder.DePerceiverV2Fusion(tiny_v2_config(), [4, 6]).eval()
+    fusion = encoder.DePerceiverV2Fusion(tiny_v2_config(), [4, 6], [8, 16]).eval()
     maps = [(torch.randn(2, 4, 9, 7), None), (torch.randn(2, 6, 4, 3), None)]
     assert [features.shape[-2:] for features, _ in fusion(maps)] == [(9, 7), (4, 3)]
 

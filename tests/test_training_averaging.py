@@ -53,6 +53,24 @@ def test_the_average_is_that_of_the_weights_of_all_steps(tmp_path, monkeypatch):
     assert any(not torch.equal(tensor, history[-1][name]) for name, tensor in saved.state_dict().items())
 
 
+@pytest.mark.parametrize("name", TINY_ARCHITECTURES)
+def test_the_average_predicts_by_its_own_weights_alone(tmp_path, name):
+    options = {**TINY_ARCHITECTURES[name], "dataset": "synthetic:image_size=64", "augmentation": "flip"}
+    run = DetectionTrainer(tiny_options(tmp_path, options, ema_decay=0.9))
+    images = torch.randn(1, 3, *[64] * 2)
+    model = run.average.model.eval()
+    with torch.no_grad():
+        try:
+            before = model(pixel_values=images).pred_boxes
+        except ValueError:  # windows want other sides
+            images = torch.randn(1, 3, 224, 224)
+            before = model(pixel_values=images).pred_boxes
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+        assert torch.equal(model(pixel_values=images).pred_boxes, before)
+
+
 def test_frozen_parts_have_no_copy(tmp_path):
     run = DetectionTrainer(tiny_options(tmp_path, V2, ema_decay=0.9, lr_backbone=0.0))
     averaged = dict(run.average.model.named_parameters())

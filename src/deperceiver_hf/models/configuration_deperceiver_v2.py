@@ -251,6 +251,11 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         return super().from_dict({**FIRST_EDITION, **config_dict}, **kwargs)
 
     @classmethod
+    def from_json_file(cls, json_file: Any) -> "DePerceiverV2Config":
+        """The same of a file."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
     def from_preset(cls, name: str, **overrides) -> "DePerceiverV2Config":
         """Configuration of a named size.
 

@@ -157,6 +157,7 @@ class DePerceiverV2PreTrainedModel(PreTrainedModel):
     _no_split_modules = [  # noqa: RUF012
         "DePerceiverBackbone",
         "DePerceiverV2DetectorFeatures",
+        "DePerceiverV2Fusion",
         "DePerceiverV2InputAdapter",
         "DePerceiverV2TokenSelector",
         "DePerceiverV2Block",
@@ -217,7 +218,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         self.backbone = DePerceiverV2DetectorFeatures(config) if from_detector else DePerceiverBackbone(config)
         self.token_encoder = None
         if config.token_encoder == "fusion":
-            self.token_encoder = DePerceiverV2Fusion(config, self.backbone.channels)
+            self.token_encoder = DePerceiverV2Fusion(config, self.backbone.channels, self.backbone.strides)
         encoder = self.token_encoder or self.backbone
         self.input_adapter = DePerceiverV2InputAdapter(config, encoder.channels)
         self.queries = (

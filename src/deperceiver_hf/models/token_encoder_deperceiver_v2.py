@@ -12,6 +12,7 @@ Shapes: B images, D channels; (h, w) cells of a feature map.
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -64,7 +65,7 @@ class DePerceiverV2CellAttention(nn.Module):
     """Cells of the coarsest map attend to each other: a pre-norm transformer layer.
 
     In maps of more than `MOST_CELLS`, padding included, they attend to means of squares of cells instead, so that the
-    cost stays linear in the cells.
+    cost stays linear in the cells; not in a graph that is exported for any size.
     """
 
     def __init__(self, config: DePerceiverV2Config):
@@ -84,7 +85,7 @@ class DePerceiverV2CellAttention(nn.Module):
         cells, positions = as_rows(features), as_rows(self.positions(features, mask))
         normed = self.norm(cells)
         read, read_positions, is_read = normed, positions, None if mask is None else mask.flatten(1)
-        if not torch.compiler.is_exporting() and height * width > MOST_CELLS:
+        if not isinstance(height * width, torch.SymInt) and height * width > MOST_CELLS:
             side = math.ceil(math.sqrt(height * width / MOST_CELLS))
             shape = {"h": height, "w": width}
             read, is_read = mean_cells(rearrange(normed, "b (h w) d -> b d h w", **shape), mask, side)
@@ -122,14 +123,15 @@ def mean_cells(
 class DePerceiverV2Fusion(nn.Module):
     """Maps of several strides, fused."""
 
-    def __init__(self, config: DePerceiverV2Config, channels: list[int]):
+    def __init__(self, config: DePerceiverV2Config, channels: list[int], strides: list[int]):
         super().__init__()
         dim, steps = config.fusion_dim, len(channels) - 1
         self.channels = [dim] * len(channels)
         self.projections = nn.ModuleList(DePerceiverV2ConvNorm(inputs, dim) for inputs in channels)
         self.attention = DePerceiverV2CellAttention(config)
         self.top_down = nn.ModuleList(DePerceiverV2FusionBlock(dim) for _ in range(steps))
-        self.shrink = nn.ModuleList(DePerceiverV2ConvNorm(dim, dim, 3, stride=2) for _ in range(steps))
+        ratios = [coarse // fine for fine, coarse in pairwise(strides)]  # 2, but for levels left out and dilation
+        self.shrink = nn.ModuleList(DePerceiverV2ConvNorm(dim, dim, 3, stride=ratio) for ratio in ratios)
         self.bottom_up = nn.ModuleList(DePerceiverV2FusionBlock(dim) for _ in range(steps))
 
     def forward(self, feature_maps: FeatureMaps, **kwargs: Unpack[TransformersKwargs]) -> FeatureMaps:

@@ -5,6 +5,7 @@ What DePerceiver's configuration says of its backbone is done here for models wh
 vision transformers of LW-DETR and RF-DETR are in `vision_transformers`.
 """
 
+from types import MethodType
 from typing import Any
 
 import timm
@@ -163,13 +164,12 @@ def _forget_batch_counters(backbone: nn.Module, keys: Any) -> None:
 def compute_in_float32(head: nn.Module) -> None:
     """Let a head work in float32 under autocast, in place: one that predicts whole boxes, not corrections of them,
     would place them by 8 bits of mantissa."""
-    forward = head.forward
 
-    def forward_in_float32(states: torch.Tensor) -> torch.Tensor:
+    def forward_in_float32(self: nn.Module, states: torch.Tensor) -> torch.Tensor:
         with torch.autocast(states.device.type, enabled=False):
-            return forward(states.to(next(head.parameters()).dtype))
+            return type(self).forward(self, states.to(next(self.parameters()).dtype))
 
-    head.forward = forward_in_float32
+    head.forward = MethodType(forward_in_float32, head)  # bound, so that a copy of the head has its own
 
 
 def keep_boxes_in_float32(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:

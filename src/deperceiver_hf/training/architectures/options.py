@@ -37,7 +37,7 @@ class ModelOptions(Options):
         comparison_hint="name it in --models",
     )
     preset: str | None = option(
-        "Size of the model: nano, small, base or large; base if not given.",
+        "Size of the model: nano, lite, small, base or large; base if not given.",
         of=("deperceiver_v2",),
         new_model_only=True,
     )
