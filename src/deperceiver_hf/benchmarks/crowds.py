@@ -120,7 +120,7 @@ def random_objects(num_images: int, number: int, num_labels: int) -> list[dict[s
 
 def _step(model: nn.Module, labels: list[dict[str, torch.Tensor]], pixel_values: torch.Tensor) -> None:
     model.zero_grad()
-    model(pixel_values, labels=labels).loss.backward()
+    model(pixel_values, labels=labels, token_share=1.0).loss.backward()  # training draws one of its own otherwise
 
 
 @torch.no_grad()
@@ -128,7 +128,7 @@ def _matching(
     model: nn.Module, pixel_values: torch.Tensor, labels: list[dict[str, torch.Tensor]]
 ) -> Callable[[torch.Tensor], None]:
     """The matching of a step with what the model predicts: of all blocks, and of the selection."""
-    outputs = model(pixel_values, labels=labels)
+    outputs = model(pixel_values, labels=labels, token_share=1.0)
     blocks = [*outputs.auxiliary_outputs, {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes}]
     stages = [
         [torch.stack([block[name] for block in blocks]) for name in ("logits", "pred_boxes")],

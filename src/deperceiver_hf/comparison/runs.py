@@ -188,6 +188,8 @@ def _train(model: ModelSpec, options: TrainingOptions, command: str) -> bool:
         size = data.image_processor.size
         edge = size.shortest_edge or size.height or size.max_height
         width = size.width or edge
+        if pad_size := getattr(data.image_processor, "pad_size", None):  # what the model sees
+            edge, width = pad_size["height"], pad_size["width"]
         parameters, flops = count_model(options, data.train.label_names, (edge, width))
         _describe(
             Path(options.directory),
