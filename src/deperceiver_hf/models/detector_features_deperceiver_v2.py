@@ -8,6 +8,7 @@ Shapes: B images, D channels; (H, W) pixels, (h, w) cells of a feature map.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig
 from .backbone_deperceiver import FeatureMaps, FrozenInPart
 from .configuration_backbone_deperceiver import DePerceiverBackboneConfig, timm_strides
 
+LAYER_OF_VIT = re.compile(r"backbone\.backbone\.encoder\.layer\.(\d+)\.")  # in LW-DETR and RF-DETR
 NEVER_USED = ("mask_token",)  # of the pretraining of vision transformers
 
 
@@ -87,9 +89,15 @@ class DePerceiverV2DetectorFeatures(FrozenInPart):
         self._always_frozen = {
             name
             for name, parameter in self.named_parameters()
-            if not parameter.requires_grad or name.endswith(NEVER_USED)
+            if not parameter.requires_grad or name.endswith(NEVER_USED) or self._is_behind_the_features(name)
         }
         self.freeze(config)
+
+    def _is_behind_the_features(self, name: str) -> bool:
+        """Whether a parameter is of a layer behind the last one whose features are taken: those of LW-DETR and RF-DETR
+        are usually counted from the embeddings on, which leaves the last layer without use and without a gradient."""
+        layer = LAYER_OF_VIT.match(name)
+        return layer is not None and int(layer[1]) >= max(self.config.backbone_config.out_indices)
 
     def freeze(self, config: DePerceiverBackboneConfig) -> None:
         """Exclude from training what the detector's own configuration says, and with `freeze_backbone` everything."""

@@ -69,7 +69,6 @@ class DataOptions(Options):
         "Keep the feature maps of a frozen backbone (--lr_backbone 0) in memory, of every image as it was augmented: "
         "pays with a fixed size and --augmentation flip or none.",
         False,
-        resume_may_change=True,
     )
     batch_size: int = option("Images in a batch of one process.", 2, at_least=1)
     num_workers: int = option(
