@@ -47,6 +47,7 @@ PATHS = {  # of each command; the test below has each of them begin with ~
     "convert": {"checkpoint", "output_dir"},
     "cards": {"output_dir", "metrics"},
     "demo": {"output_dir"},
+    "data check": {"output_dir", "model", "start_from", "resume", "recipe", "pretrained_backbone", "report"},
 }
 NO_PATHS = {
     *("amp", "use_bfloat", "cache_images", "dilation", "gradient_checkpointing", "group_by_aspect_ratio"),
@@ -61,7 +62,7 @@ NO_PATHS = {
     *("architecture", "attn_implementation", "augmentation", "backbone", "downsample_factor", "lr_scheduler"),
     *("mixed_precision", "on_bad_image", "position_embedding", "preset", "config", "device", "timed"),
     *("eval_split", "train_split", "split", "project", "run_name", "report_to", "push_to_hub"),
-    *("dataset",),  # tests/test_data_coco.py
+    *("dataset", "data"),  # tests/test_data_coco.py
 }
 
 

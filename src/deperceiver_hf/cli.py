@@ -60,6 +60,7 @@ COMMANDS = {
     "benchmark": Command("benchmarks.command", "count or measure what models cost"),
     "convert": Command("conversion.job", "convert a checkpoint of the authors' code"),
     "cards": Command("model_cards.command", "write the model cards of the documented configurations"),
+    "data check": Command("training.data_check.command", "find what is wrong with a data set, and a recipe for it"),
     "demo": Command("demo", "train, evaluate and draw on synthetic scenes in a few minutes"),
 }
 GROUPS = {"data": "Look over data sets and change their files."}  # what commands of two words begin with

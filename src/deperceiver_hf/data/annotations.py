@@ -11,7 +11,7 @@ import pyarrow as pa
 from .boxes import BoxFormat
 from .fields import INT64, Id, as_boxes, as_integer, as_number, as_truth
 from .images import ImageHeader, UnreadableImageError, seen_sizes
-from .plausibility import check_box_format, made_smaller_or_larger
+from .plausibility import check_box_format, drawn_before_turning, made_smaller_or_larger
 from .records import BORDER_TOLERANCE, LoadingReport
 
 MOST_PIXELS = 2**31  # of a side: more is no size
@@ -105,6 +105,9 @@ def assemble(
     for row in np.flatnonzero(differs):
         issue = "size_mismatch" if (scales[row] == 1).all() else "rescaled_image"
         report.add(issue, f"{names[row]} is {headers[row].seen_size}, stated {stated[row]} (width, height)")
+    turned = np.array([header.orientation >= 5 for header in headers], dtype=bool) & (rotations == 1)
+    for row in np.flatnonzero(drawn_before_turning(boxes, np.asarray(annotations.image_index, int), sizes, turned)):
+        report.add("unturned_boxes", names[row])
     if (scales != 1).any():
         factors = scales.prod(axis=1)[annotations.image_index]
         annotations.area = [

@@ -30,7 +30,15 @@ from .annotations import AnnotationList, ImageList, assemble, image_path_column,
 from .fields import Id, IdTable, as_id, as_text, category_order, is_text, record_ids
 from .images import UnreadableImageError, read_headers
 from .layouts import ANNOTATION_DIRECTORIES, EXPECTED, ROBOFLOW_FILE, annotation_files, image_directories
-from .records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, split_aliases
+from .plausibility import check_category_ids
+from .records import (
+    DETECTION_FEATURES,
+    SPLIT_NAMES,
+    DetectionData,
+    LoadingReport,
+    MissingSplitError,
+    split_aliases,
+)
 
 # Other annotations of the same images, which a split has beside those of its instances.
 _OTHER_TASKS = ("caption", "panoptic", "keypoint", "stuff", "image_info", "segm")
@@ -129,7 +137,7 @@ def find_coco_split(path: Path, split: str) -> CocoSplit:
     if place is not None:
         return place
     found = sorted(str(file.relative_to(path)) for file in {*path.glob("annotations/*"), *annotation_files(path)})
-    raise FileNotFoundError(
+    raise MissingSplitError(
         f"No annotations of split {split!r} in {path}. Looked for {', '.join(tried)}; annotation files found: "
         f"{_shortened(found) or 'none'}; in the directory: {_listing(path)}. Choose a split that is there or "
         "rename the files."
@@ -182,7 +190,7 @@ def _split_of_file(path: Path, split: str) -> CocoSplit:
         if place is not None:
             return place
     own = f"split {', '.join(own_splits)}" if own_splits else "one split, which is taken for train"
-    raise FileNotFoundError(
+    raise MissingSplitError(
         f"{path} has the annotations of {own}; there are none of split {split!r} in {root}. Write them to "
         f"annotations/instances_{split}.json in the directory with the images, or name the split that is there."
     )
@@ -407,6 +415,8 @@ def _read_annotations(
     """
     images, labels = IdTable(image_ids), IdTable(category_ids)
     result = AnnotationList()
+    used = (as_id(annotation.get("category_id")) for annotation in annotations if isinstance(annotation, dict))
+    check_category_ids((category_id for category_id in used if category_id is not None), category_ids, report)
     for annotation in annotations:
         if not isinstance(annotation, dict) or "bbox" not in annotation:
             report.add("invalid_annotation", str(annotation)[:200])

@@ -24,7 +24,7 @@ from .annotations import AnnotationList, ImageList, assemble, stated_size
 from .fields import Id, as_id, as_integer, record_ids
 from .images import ImageHeader, OutsideImageError, UnreadableImageError, try_header
 from .layouts import EXPECTED
-from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
+from .records import DETECTION_FEATURES, DetectionData, LoadingReport, MissingSplitError, split_aliases
 
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
 CATEGORY_KEYS = ("category", "categories", "category_id", "category_ids", "label", "labels", "class", "class_id")
@@ -65,7 +65,7 @@ def load_hub_data(
     splits = _load_splits(source, cache_dir, config)
     split_name = next((name for name in split_aliases(split) if name in splits), None)
     if split_name is None:
-        raise FileNotFoundError(
+        raise MissingSplitError(
             f"{source} has no split {split!r}; its splits are {', '.join(splits)}. Choose one of them."
         )
     with _as_user_errors(f"{source}, split {split_name}, cannot be read"):

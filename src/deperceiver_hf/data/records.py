@@ -50,9 +50,12 @@ ISSUES = {
     "size_mismatch": "images of another size than stated, the file's size is used",
     "rescaled_image": "images of another size than stated whose boxes fit the stated one, boxes are scaled with them",
     "rotated_image": "images annotated before their EXIF rotation, boxes are rotated with the image",
+    "unturned_boxes": "images that EXIF turns and whose boxes fit the stored picture only, left as they are",
     "invalid_annotation": "annotations that are no objects with a box, left out",
     "unknown_image": "annotations of an image that is not listed, left out",
     "unknown_category": "annotations of a category that is not listed, left out",
+    "shifted_category_ids": "annotations of which all would be of listed categories if ids were counted one higher or "
+    "lower, left as they are",
     "invalid_box": "boxes that are not four finite numbers, left out",
     "empty_box": "boxes of zero or negative side, left out",
     "box_outside_image": "boxes wholly outside the image, left out",
@@ -71,6 +74,10 @@ BORDER_TOLERANCE = 1.0
 """Pixels by which a box may pass the border before its clipping counts as a repair (annotations are often rounded)."""
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
+
+
+class MissingSplitError(FileNotFoundError):
+    """A data set is there, and has no split of the name."""
 
 
 @dataclass

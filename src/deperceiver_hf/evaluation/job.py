@@ -16,8 +16,8 @@ from ..data import DetectionData, load_detection_data
 from ..data.boxes import BOX_FORMATS
 from ..data.classes import align_labels
 from ..data.dataset import BAD_IMAGE_POLICIES
+from ..data.doctor.objects import ObjectTable, check_evaluation_objects
 from ..data.images import limit_pixels
-from ..data.plausibility import remarks_on_objects
 from ..errors import UserError
 from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
@@ -234,8 +234,9 @@ def prepare_evaluation(
     data = load_detection_data(dataset, split, max_samples=max_samples, bbox_format=box_format)
     if accelerator.is_main_process:
         queries = getattr(detector.config, "num_queries", None)
-        for remark in remarks_on_objects(data, num_queries=queries, max_detections=how.max_detections[-1]):
-            logger.warning(remark)
+        table = ObjectTable.of(data, split)
+        for found in check_evaluation_objects(table, num_queries=queries, max_detections=how.max_detections[-1]):
+            logger.warning(found.what)
     if how.on_bad_image == "stop":
         data.report.require_images()
     align_labels(detector.config.id2label, data.label_names)

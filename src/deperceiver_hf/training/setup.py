@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig
 
 from ..backbone_weights import IMAGENET_PREPROCESSING
 from ..data import (
@@ -26,8 +28,9 @@ from ..data import (
     make_train_transforms,
 )
 from ..data.classes import with_labels_of
+from ..data.doctor.objects import ObjectTable, TrainedSize, require_objects
+from ..data.doctor.quick import quick_check
 from ..data.images import limit_pixels
-from ..data.plausibility import remarks_on_objects, require_objects
 from ..data.sampling import make_loader
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
@@ -74,7 +77,7 @@ class TrainingData:
         train = main_process_first(
             accelerator, partial(load_split, options.train_split, max_samples=options.max_train_samples)
         )
-        require_objects(train)
+        require_objects(ObjectTable.of(train, options.train_split))
         evaluation = None
         if options.eval_every or options.eval_steps:
             evaluation = main_process_first(
@@ -112,15 +115,25 @@ class TrainingData:
         collate = DetectionCollator(image_processor, do_resize=False)
         return cls(train, evaluation, image_processor, dataset, collate, sampler)
 
-    def remark_on_objects(self, num_queries: int) -> None:
-        """Say what the objects of the data mean for a model with so many queries."""
-        remarks = remarks_on_objects(self.train, num_queries=num_queries, training=True)
+    def look_over(self, options: TrainingOptions, config: PreTrainedConfig) -> None:
+        """Say what the doctor finds without a look at pixels; what loading found has been said.
+
+        Args:
+            options: Of the run.
+            config: Of its model.
+        """
+        splits = {options.train_split: self.train}
         if self.evaluation is not None:
-            remarks += remarks_on_objects(
-                self.evaluation, num_queries=num_queries, max_detections=COCO_MAX_DETECTIONS[-1]
-            )
-        for remark in remarks:
-            logger.warning(remark)
+            splits.setdefault(options.eval_split, self.evaluation)
+        tables = {name: ObjectTable.of(data, name) for name, data in splits.items()}
+        trained = trained_size(self.image_processor, config)
+        findings = quick_check(
+            tables, options.train_split, options.eval_split, trained, max_detections=COCO_MAX_DETECTIONS[-1]
+        )
+        for finding in findings:
+            logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, finding.sentence())
+        if any(finding.severity != "note" for finding in findings) and not is_synthetic(options.dataset):
+            logger.warning(f"`deperceiver data check {options.dataset} --report DIR` shows more, with pictures.")
 
     def require_evaluation(self) -> DetectionData:
         """The data of the evaluations of a run that has some."""
@@ -132,6 +145,16 @@ class TrainingData:
         """This process's batches of an epoch, but for the first `skip`."""
         self.sampler.set_epoch(epoch, skip=skip)
         return make_loader(self.dataset, self.sampler, self.collate, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def trained_size(image_processor: Any, config: PreTrainedConfig) -> TrainedSize:
+    """What an image processor makes of images, and a model of them."""
+    strides = getattr(config, "feature_strides", None) or getattr(config, "feat_strides", None)
+    return TrainedSize(
+        size=image_processor.size if getattr(image_processor, "do_resize", True) else None,
+        stride=strides if strides is None or isinstance(strides, int) else min(strides),
+        num_queries=getattr(config, "num_queries", None),
+    )
 
 
 def _sizes_of(image_processor: Any) -> dict[str, Any]:

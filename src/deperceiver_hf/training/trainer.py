@@ -88,7 +88,7 @@ class DetectionTrainer:
             self.accelerator,
             lambda: build_model(options, self.data.train.label_names, load_pretrained_backbone=self.state is None),
         )
-        self.data.remark_on_objects(model.config.num_queries)
+        self.data.look_over(options, model.config)
         most_threads = torch.get_num_threads()
         self.computation = choose_computation(options, self.accelerator, model.config, self.state)
         if self.computation.attention is not None:

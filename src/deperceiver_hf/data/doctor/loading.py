@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The splits of a data set as far as they can be loaded, and what their loading says."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...errors import FOREIGN_USER_ERRORS, one_line
+from ...output_files import expand_home
+from ..plausibility import ImplausibleBoxesError
+from ..records import ISSUES, DetectionData, LoadingReport, MissingSplitError
+from ..sources import load_detection_data
+from .findings import Example, Finding
+from .objects import ObjectTable
+
+
+@dataclass
+class LoadedSplits:
+    """What could be loaded.
+
+    Attributes:
+        tables: By the name of the split; those with images.
+        findings: What loading says, and why the others could not be loaded.
+        box_format: In which boxes are read, since they are plainly not in the one that was asked for.
+    """
+
+    tables: dict[str, ObjectTable] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    box_format: str | None = None
+
+
+def load_splits(
+    dataset: str, train: str, evaluation: str, others: tuple[str, ...] = (), **options: Any
+) -> LoadedSplits:
+    """Load the splits of a data set; what stops a loader becomes a finding.
+
+    Args:
+        dataset: As [`load_detection_data`] takes it.
+        train: The split to train on.
+        evaluation: The split to evaluate on.
+        others: More that are looked at if they are there.
+        options: Of [`load_detection_data`].
+
+    Raises:
+        OSError: There is no such data set.
+        ValueError: Its name or the options make no sense.
+    """
+    loaded = LoadedSplits()
+    for split in dict.fromkeys((train, evaluation, *others)):
+        load = partial(load_detection_data, dataset, split)
+        try:
+            with _silent_loading():
+                data = _load(load, split, options, loaded)
+        except MissingSplitError as error:
+            if split == train:
+                loaded.findings.append(Finding("cannot_be_loaded", split, one_line(error)))
+            elif split == evaluation:
+                what = f"There is no split {split!r} to evaluate on: {one_line(error)}"
+                loaded.findings.append(Finding("no_validation", split, what))
+            continue
+        except FOREIGN_USER_ERRORS as error:
+            if not _has_files(dataset):
+                raise
+            name = "resized_images" if isinstance(error, ImplausibleBoxesError) else "cannot_be_loaded"
+            loaded.findings.append(Finding(name, split, one_line(error)))
+            continue
+        loaded.tables[split] = ObjectTable.of(data, split)
+        loaded.findings += loading_findings(data.report, split)
+    return loaded
+
+
+def loading_findings(report: LoadingReport, split: str) -> list[Finding]:
+    """What a loader left out or repaired, and its remarks."""
+    found = []
+    for name, count in report.counts.items():
+        example = Example(text=report.examples[name], split=split)
+        found.append(Finding(name, split, f"{count} {ISSUES[name]}.", count, (example,)))
+    return [*found, *(Finding("doubtful_boxes", split, remark) for remark in report.remarks)]
+
+
+def _load(load: partial[DetectionData], split: str, options: dict[str, Any], loaded: LoadedSplits) -> DetectionData:
+    """The data; if their boxes are plainly in another format, read as that, which `loaded` is told."""
+    try:
+        return load(**options)
+    except ImplausibleBoxesError as error:
+        if not error.formats:
+            raise
+        loaded.box_format = error.formats[0]
+        what = f"{one_line(error)} All that follows reads them as {loaded.box_format}."
+        loaded.findings.append(Finding("box_format", split, what))
+        return load(**options | {"bbox_format": loaded.box_format})
+
+
+def _has_files(dataset: str) -> bool:
+    """Whether a data set is a file, or a directory that is not empty."""
+    path = Path(expand_home(dataset.rpartition(":")[0] if "=" in dataset.rpartition(":")[2] else dataset))
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+@contextlib.contextmanager
+def _silent_loading() -> Iterator[None]:
+    """Within, loaders log no warnings: they become findings."""
+    logger = logging.getLogger(__name__.rpartition(".")[0].rpartition(".")[0])
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
