@@ -142,6 +142,7 @@ class Example:
         box: (x, y, width, height) in pixels of the image, if the finding is of a box.
         text: What else there is to say.
         split, row: Where the image stands, for the report's pictures; `row` is `None` if it was not loaded.
+        beside: Split and row of the image that it is to be compared with.
     """
 
     file: str = ""
@@ -149,6 +150,7 @@ class Example:
     text: str = ""
     split: str = ""
     row: int | None = None
+    beside: tuple[str, int] | None = None
 
     def __str__(self) -> str:
         box = "" if self.box is None else f"box [{', '.join(f'{side:g}' for side in map(_rounded, self.box))}]"

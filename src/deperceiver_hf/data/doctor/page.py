@@ -8,7 +8,7 @@ import base64
 import contextlib
 import html
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ pre { background: #f3f3f3; padding: .7rem; overflow-x: auto; white-space: pre-wr
 .grid { display: flex; flex-wrap: wrap; gap: .6rem }
 figure { margin: 0 } figure img { display: block; max-width: 100% }
 figcaption { font-size: .75rem; color: #555; max-width: 520px; overflow-wrap: anywhere }
-.tile figcaption { max-width: 220px } .charts { display: flex; flex-wrap: wrap; gap: 2rem }
+.tile figcaption { max-width: 440px } .charts { display: flex; flex-wrap: wrap; gap: 2rem }
 svg text { font: 11px system-ui, sans-serif; fill: #444 }
 """
 
@@ -114,8 +114,8 @@ def _figures(report: DataReport) -> Iterator[str]:
         edges = np.geomspace(max(0.5, sides.min()), max(1.0, sides.max()) * 1.001, BARS + 1)
         yield _histogram(sides, edges, f"{name}: sides of objects in pixels", report.trained.stride)
         most = int(table.per_image.max())
-        edges = np.arange(0, most + 2, max(1, -(-(most + 1) // BARS))) - 0.5
-        edges = np.append(edges, max(edges[-1] + 1, most + 0.5)) if edges[-1] < most + 0.5 else edges
+        width = -(-(most + 1) // BARS)
+        edges = np.arange(0, most + 1 + width, width)
         yield _histogram(table.per_image, edges, f"{name}: objects in an image", report.trained.num_queries)
     yield "</div>\n"
     stride = "" if report.trained.stride is None else f" The red line is a cell of {report.trained.stride} pixels."
@@ -141,7 +141,7 @@ def _findings(report: DataReport, album: "_Album") -> Iterator[str]:
         shown = [e for e in finding.examples if e.row is not None and e.split in report.tables]
         if shown:
             yield from _grid(
-                ((album.example(report.tables[e.split], e), f"{Path(e.file).name} {e.text}") for e in shown), "tile"
+                ((album.example(report.tables, e), f"{Path(e.file).name} {e.text}") for e in shown), "tile"
             )
         yield "</div>\n"
 
@@ -227,13 +227,19 @@ class _Album:
         drawn = draw_boxes(part, Boxes(box, table.labels[[index]]), table.label_names, text=False)
         return PIL.ImageOps.pad(drawn, (TILE, TILE), color="#f0f0f0")
 
-    def example(self, table: ObjectTable, example: Example) -> PIL.Image.Image | None:
-        """The object of a finding, or the image."""
-        row = int(example.row or 0)
-        if example.box is None:
-            picture = self.whole(table, row, text=False)
-            return None if picture is None else PIL.ImageOps.pad(picture, (TILE, TILE), color="#f0f0f0")
-        return self.crop(table, int(((table.rows == row) & (table.boxes == example.box).all(axis=1)).argmax()))
+    def example(self, tables: Mapping[str, ObjectTable], example: Example) -> PIL.Image.Image | None:
+        """The object of a finding, the image, or the two images."""
+        table, row = tables[example.split], int(example.row or 0)
+        if example.box is not None:
+            return self.crop(table, int(((table.rows == row) & (table.boxes == example.box).all(axis=1)).argmax()))
+        places = [(example.split, row), *([example.beside] if example.beside else [])]
+        pictures = [self.whole(tables[split], row, text=False) for split, row in places]
+        if any(picture is None for picture in pictures):
+            return None
+        sheet = PIL.Image.new("RGB", (TILE * len(pictures), TILE))
+        for place, picture in enumerate(filter(None, pictures)):
+            sheet.paste(PIL.ImageOps.pad(picture, (TILE, TILE), color="#f0f0f0"), (TILE * place, 0))
+        return sheet
 
     def _image(self, table: ObjectTable, row: int) -> PIL.Image.Image | None:
         key = (table.split, row)
@@ -283,7 +289,7 @@ def _histogram(values: np.ndarray, edges: np.ndarray, title: str, mark: float | 
         )
     step = max(1, len(edges) // 6)
     for place in range(0, len(edges) - step // 2, step):
-        label = f"{edges[place]:.0f}" if edges[place] >= 10 else f"{edges[place]:.1f}"
+        label = f"{edges[place]:.0f}" if edges[place] >= 10 else f"{edges[place]:.2g}"
         parts.append(f'<text x="{place * bar:.1f}" y="{height + 15}">{label}</text>')
     if mark is not None and edges[0] < mark < edges[-1]:
         x = float(np.interp(mark, edges, np.arange(len(edges)))) * bar

@@ -7,11 +7,12 @@ Every image is decoded once, by `image_hashes`.
 import io
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 from ..duplicates import ImageHashes, duplicate_groups, image_hashes
 from ..images import UnreadableImageError, decode_rgb, read_headers
@@ -19,6 +20,8 @@ from .findings import MOST_EXAMPLES, Example, Finding
 from .objects import ObjectTable
 
 IMAGES_AT_ONCE = 256
+GREY_SIDE = 32  # of the pictures that are compared
+ALIKE = 0.9  # correlation of two that are nearly the same
 
 
 @dataclass(frozen=True)
@@ -112,65 +115,80 @@ def _copies(tables: Mapping[str, ObjectTable], hashes: Mapping[str, ImageHashes]
     near: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(groups.tolist()):
         near[group].append(index)
-    copies = [group for group in exact.values() if len(group) > 1]
-    alike = [group for group in near.values() if len({together.content[index] for index in group}) > 1]
+    copies = [[places[index] for index in group] for group in exact.values() if len(group) > 1]
+    alike = [[places[index] for index in group] for group in near.values() if len(group) > 1]
+    likeness = [_likeness(group, tables) for group in alike]
 
     found = []
-    for name, sets in (("split_leak", copies), ("near_split_leak", alike)):
-        found += _across_splits(name, sets, places, tables)
-    for name, sets in (("duplicate_images", copies), ("near_duplicate_images", alike)):
-        found += _within_a_split(name, sets, places, tables)
-    return found
-
-
-def _across_splits(
-    name: str, sets: Sequence[list[int]], places: Sequence[_Place], tables: Mapping[str, ObjectTable]
-) -> list[Finding]:
-    """Images of each split that an earlier split has, too."""
-    found, order, near = [], list(tables), name == "near_split_leak"
+    order = list(tables)
     for later, split in enumerate(order):
         for other in order[:later]:
-            pairs = []
-            for group in sets:
-                theirs = [places[index] for index in group if places[index].split == other]
-                for ours in (places[index] for index in group if places[index].split == split):
-                    same = [place for place in theirs if place.digest == ours.digest]
-                    if near and theirs and not same:
-                        pairs.append((ours, theirs[0]))
-                    elif not near:
-                        pairs += [(ours, place) for place in same if ours.is_copy_of(place)][:1]
-            if pairs:
-                kind = "nearly the same pictures as images" if near else "copies of images"
-                what = f"{len(pairs)} of {tables[split].num_images} images of {split} are {kind} of {other}."
-                found.append(Finding(name, split, what, len(pairs), _pair_examples(pairs, tables)))
-    return found
-
-
-def _within_a_split(
-    name: str, sets: Sequence[list[int]], places: Sequence[_Place], tables: Mapping[str, ObjectTable]
-) -> list[Finding]:
-    """Images that the same split has before."""
-    found, near = [], name == "near_duplicate_images"
+            pairs = [pair for group in copies for pair in _copied(group, split, other)]
+            what = f"{len(pairs)} of {tables[split].num_images} images of {split} are copies of images of {other}."
+            found += _of_pairs("split_leak", split, what, pairs, tables)
+            pairs = [p for group, like in zip(alike, likeness, strict=True) for p in _near(group, like, split, other)]
+            what = (
+                f"{len(pairs)} of {tables[split].num_images} images of {split} are nearly the same pictures as images "
+                f"of {other}."
+            )
+            found += _of_pairs("near_split_leak", split, what, pairs, tables)
     for split, table in tables.items():
-        pairs = []
-        for group in sets:
-            before: list[_Place] = []
-            for place in (places[index] for index in group if places[index].split == split):
-                same = [other for other in before if place.digest == other.digest]
-                if near and before and not same:
-                    pairs.append((place, before[0]))
-                elif not near:
-                    pairs += [(place, other) for other in same if place.is_copy_of(other)][:1]
-                before.append(place)
-        if pairs:
-            kind = "nearly the same pictures as others" if near else "copies of others"
-            what = f"{len(pairs)} of {table.num_images} images of {split} are {kind} of it."
-            found.append(Finding(name, split, what, len(pairs), _pair_examples(pairs, tables)))
+        pairs = [pair for group in copies for pair in _copied(group, split, split)]
+        what = f"{len(pairs)} of {table.num_images} images of {split} are copies of others of it."
+        found += _of_pairs("duplicate_images", split, what, pairs, tables)
+        pairs = [p for group, like in zip(alike, likeness, strict=True) for p in _near(group, like, split, split)]
+        what = f"{len(pairs)} of {table.num_images} images of {split} are nearly the same pictures as others of it."
+        found += _of_pairs("near_duplicate_images", split, what, pairs, tables)
     return found
+
+
+def _likeness(group: Sequence[_Place], tables: Mapping[str, ObjectTable]) -> np.ndarray:
+    """(n, n) correlations of grey values: hashes say which pictures may be alike, these whether they are."""
+    vectors = np.zeros((len(group), GREY_SIDE**2), dtype=np.float32)
+    for vector, place in zip(vectors, group, strict=True):
+        image = decode_rgb(tables[place.split].stored_image(place.row), place.file)
+        grey = np.asarray(image.convert("L").resize((GREY_SIDE, GREY_SIDE), PIL.Image.Resampling.BOX), np.float32)
+        vector[:] = (grey - grey.mean()).reshape(-1)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+    return vectors @ vectors.T
+
+
+def _copied(group: Sequence[_Place], split: str, other: str) -> Iterator[tuple[_Place, _Place]]:
+    """Files of a split that `other` has with the same content; of one split, each with an earlier one."""
+    for place_of_ours, ours in enumerate(group):
+        candidates = group if split != other else group[:place_of_ours]
+        if ours.split != split:
+            continue
+        theirs = next((place for place in candidates if place.split == other and ours.is_copy_of(place)), None)
+        if theirs is not None:
+            yield ours, theirs
+
+
+def _near(group: Sequence[_Place], likeness: np.ndarray, split: str, other: str) -> Iterator[tuple[_Place, _Place]]:
+    """Images of a split with the one of `other` that is most alike, unless that has a copy of them."""
+    for place_of_ours, ours in enumerate(group):
+        if ours.split != split:
+            continue
+        until = len(group) if split != other else place_of_ours
+        candidates = [index for index in range(until) if group[index].split == other]
+        if not candidates or any(group[index].digest == ours.digest for index in candidates):
+            continue
+        best = max(candidates, key=lambda index: likeness[place_of_ours, index])
+        if likeness[place_of_ours, best] >= ALIKE:
+            yield ours, group[best]
+
+
+def _of_pairs(
+    name: str, split: str, what: str, pairs: Sequence[tuple[_Place, _Place]], tables: Mapping[str, ObjectTable]
+) -> list[Finding]:
+    return [Finding(name, split, what, len(pairs), _pair_examples(pairs, tables))] if pairs else []
 
 
 def _pair_examples(pairs: Sequence[tuple[_Place, _Place]], tables: Mapping[str, ObjectTable]) -> tuple[Example, ...]:
     return tuple(
-        tables[place.split].image_example(place.row, f"as {tables[other.split].files[other.row]}")
+        replace(
+            tables[place.split].image_example(place.row, f"as {tables[other.split].files[other.row]}"),
+            beside=(other.split, other.row),
+        )
         for place, other in pairs[:MOST_EXAMPLES]
     )
