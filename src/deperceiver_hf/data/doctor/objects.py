@@ -322,7 +322,7 @@ def _places(table: ObjectTable) -> list[Finding]:
             )
         ]
     _, place, times = np.unique(np.round(boxes * 100), axis=0, return_inverse=True, return_counts=True)
-    same = times[place.reshape(-1)] == times.max()
+    same = place.reshape(-1) == times.argmax()
     if same.mean() >= 0.5:
         return [
             table.finding(
