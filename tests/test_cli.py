@@ -104,10 +104,13 @@ def test_a_group_names_its_commands(capsys):
         assert printed.startswith(f"usage: deperceiver {group} ")
         names = [name.split()[1] for name in COMMANDS if name.split()[0] == group]
         assert names
-        assert all(f"\n  {name} " in printed for name in names)
+        assert all(f"\n    {name} " in printed for name in names)
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["data"], ["data", "paint"], ["evaluate"], ["demo", "--max_steps", "x"], ["demo", "--color"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["paint"], ["data"], ["data", "paint"], ["evaluate"], ["demo", "--max_steps", "x"], ["demo", "--color"]],
+)
 def test_an_unreadable_command_line_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

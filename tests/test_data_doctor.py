@@ -67,9 +67,7 @@ def clean(tmp_path_factory) -> Path:
         images, annotations = [], []
         for index in range(count):
             picture(random).save(root / split / f"{split}-{index}.jpg", quality=95)
-            images.append(
-                {"id": index, "file_name": f"{split}-{index}.jpg", "width": SIZE[0], "height": SIZE[1]}
-            )
+            images.append({"id": index, "file_name": f"{split}-{index}.jpg", "width": SIZE[0], "height": SIZE[1]})
             for _ in range(3):
                 low, extent = random.uniform(1, (40, 26)), random.uniform(12, 20, 2)
                 annotations.append(

@@ -3,7 +3,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,13 @@ class LoadedSplits:
 
 
 def load_splits(
-    dataset: str, train: str, evaluation: str, others: tuple[str, ...] = (), **options: Any
+    dataset: str,
+    train: str,
+    evaluation: str,
+    others: tuple[str, ...] = (),
+    *,
+    max_samples: Mapping[str, int | None] | None = None,
+    **options: Any,
 ) -> LoadedSplits:
     """Load the splits of a data set; what stops a loader becomes a finding.
 
@@ -43,6 +49,7 @@ def load_splits(
         train: The split to train on.
         evaluation: The split to evaluate on.
         others: More that are looked at if they are there.
+        max_samples: By the name of a split, how many of its first images are looked at; by default all.
         options: Of [`load_detection_data`].
 
     Raises:
@@ -51,7 +58,7 @@ def load_splits(
     """
     loaded = LoadedSplits()
     for split in dict.fromkeys((train, evaluation, *others)):
-        load = partial(load_detection_data, dataset, split)
+        load = partial(load_detection_data, dataset, split, max_samples=(max_samples or {}).get(split))
         try:
             with _silent_loading():
                 data = _load(load, split, options, loaded)

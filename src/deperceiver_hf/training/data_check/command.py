@@ -35,7 +35,10 @@ logger = logging.get_logger(__name__)
 # Options that decide what the images become; if none is given, the recommendation decides.
 OF_THE_MODEL = (*ModelOptions.facts(), "shortest_edge", "longest_edge", "fixed_size")
 # Options that say how the data are read, which the recommended command repeats.
-OF_THE_DATA = ("dataset", "train_split", "eval_split", "box_format", "max_image_pixels", "max_train_samples")
+OF_THE_DATA = (
+    *("dataset", "train_split", "eval_split", "box_format"),
+    *("max_image_pixels", "max_train_samples", "max_eval_samples"),
+)
 OTHER_SPLIT = "test"
 EXAMPLE = """\
 Options that say how the data are read and what images become are those of `deperceiver train`, such as --recipe,
@@ -81,6 +84,7 @@ class DataCheckJob:
             train,
             evaluation,
             others,
+            max_samples={evaluation: options.max_eval_samples, train: options.max_train_samples},
             bbox_format=options.box_format,
         )
         tables, findings = loaded.tables, loaded.findings
