@@ -60,14 +60,8 @@ def write_data(tmp_path):
 
 def recommended(root: Path, device: str = "cpu", has_validation: bool = True):
     table = load_splits(str(root), "train", "val").tables["train"]
-    queries = {"own-data-cpu": 60, "own-data-gpu": 200}[recipe]
-    return recommend(
-        table,
-        {"dataset": str(root)},
-        TrainedSize(None, 8, queries),
-        torch.device(device),
-        has_validation=has_validation,
-    )
+    trained = TrainedSize(None, stride=8, num_queries=60 if device == "cpu" else 200)
+    return recommend(table, {"dataset": str(root)}, trained, torch.device(device), has_validation=has_validation)
 
 
 def prepared(command: str, *more: str):
@@ -128,7 +122,7 @@ def test_options_of_the_training_decide_on_sizes(write_data, capsys):
             4,
         ),
     ):
-        assert main(["data", "check", *options, str(root), "--quick", "--json"]) == 0
+        assert main(["data", "check", str(root), *options, "--quick", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["trained_at"]["size"] == size
         assert report["trained_at"]["finest_stride"] == stride
