@@ -53,7 +53,7 @@ def load_splits(
         options: Of [`load_detection_data`].
 
     Raises:
-        OSError: There is no such data set.
+        OSError: There is no such data set, or nothing of it can be read.
         ValueError: Its name or the options make no sense.
     """
     loaded = LoadedSplits()
@@ -72,6 +72,8 @@ def load_splits(
         except FOREIGN_USER_ERRORS as error:
             if not _has_files(dataset):
                 raise
+            if split != train and any(f.what == one_line(error) and f.split == train for f in loaded.findings):
+                raise  # it is not the split, but all of it
             name = "resized_images" if isinstance(error, ImplausibleBoxesError) else "cannot_be_loaded"
             loaded.findings.append(Finding(name, split, one_line(error)))
             continue

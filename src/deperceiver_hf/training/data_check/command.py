@@ -211,4 +211,5 @@ def _trained_size(options: TrainingOptions) -> TrainedSize:
 def _name_of(dataset: str) -> str:
     """A name for the directory of a run."""
     name = re.split(r"[/\\:]", re.sub(r":[^/]*=.*$", "", dataset).rstrip("/\\"))[-1]
+    name = re.sub(r"\.(json|ya?ml|csv)(\.gz)?$", "", name)
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "mine"

@@ -114,11 +114,11 @@ def recommend(
 
 def _choose_size(table: ObjectTable, base: int, largest: int, stride: int | None) -> tuple[SizeDict, str]:
     """Edges of the images: from those of the recipe upwards, until few objects are below a cell of the feature map,
-    but not beyond the images' own size."""
+    but not beyond the images' own size or that of the recipe."""
     aspect = float(np.clip(np.quantile(table.sizes.max(axis=1) / table.sizes.min(axis=1), 0.95), 1, 2))
     own = int(np.median(table.sizes.min(axis=1)))
     candidates = [min(base, max(SIZE_STEP, own))]
-    candidates += [size for size in range(base + SIZE_STEP, largest + 1, SIZE_STEP) if size <= own]
+    candidates += [base] if own < base else range(base + SIZE_STEP, min(largest, own) + 1, SIZE_STEP)
     for shortest in candidates:
         size = SizeDict(shortest_edge=shortest, longest_edge=int(np.ceil(aspect * shortest)))
         sides = table.trained_sides(TrainedSize(size))[table.ordinary]
