@@ -27,6 +27,7 @@ from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_
 from .computation import ThreadWatch, choose_computation
 from .feature_cache import FeatureCache
 from .interruption import StopRequest
+from .model_card import CARD_FILE, make_card_of_run
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .recipes import write_options
 from .reporting import TrainingLog, TrainingResult
@@ -407,9 +408,14 @@ class DetectionTrainer:
         )
 
     def _save_model(self, directory: Path) -> None:
-        """Write the model as it is evaluated."""
-        self._models[0].save_pretrained(directory)
-        self.data.image_processor.save_pretrained(directory)
+        """Write the model as it is evaluated, and its card."""
+        model, data = self._models[0], self.data
+        model.save_pretrained(directory)
+        data.image_processor.save_pretrained(directory)
+        card = make_card_of_run(
+            model.config, self.options, data.train, data.evaluation, self.progress, self.accelerator.num_processes
+        )
+        (directory / CARD_FILE).write_text(f"{card}\n", encoding="utf-8")
 
     def _result(self, interrupted: bool, last_model: str | None) -> TrainingResult:
         best = self.progress.best[0] if self.progress.best else None
