@@ -24,7 +24,7 @@ from .arguments import TrainingOptions
 from .averaging import WeightAverage
 from .building import build_model, training_mode
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
-from .computation import ThreadWatch, choose_computation
+from .computation import Float32Depthwise, ThreadWatch, choose_computation
 from .feature_cache import FeatureCache
 from .interruption import StopRequest
 from .model_card import CARD_FILE, make_card_of_run
@@ -94,6 +94,7 @@ class DetectionTrainer:
         self.computation = choose_computation(options, self.accelerator, model.config, self.state)
         if self.computation.attention is not None:
             model.set_attn_implementation(self.computation.attention)
+        Float32Depthwise.of(model)
         self.threads = ThreadWatch(self.accelerator.device, self.computation.threads, most_threads)
         torch.set_num_threads(self.computation.threads)
         set_seed(options.seed, device_specific=True)  # different dropout on each
