@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from tqdm.auto import tqdm
 
 from ..duplicates import ImageHashes, duplicate_groups, image_hashes
 from ..images import UnreadableImageError, decode_rgb, read_headers
@@ -41,11 +42,25 @@ def check_pictures(tables: Mapping[str, ObjectTable]) -> list[Finding]:
     found: list[Finding] = []
     hashes = {}
     for split, table in tables.items():
-        hashes[split] = image_hashes(table.data)
+        hashes[split] = _hashes(table)
         found += _unreadable(table, hashes[split])
         found += _plain(table, hashes[split])
         found += _turned(table)
     return [*found, *_copies(tables, hashes)]
+
+
+def _hashes(table: ObjectTable) -> ImageHashes:
+    """Of all images, with a bar that shows how far it is."""
+    content: list[str | None] = []
+    perceptual = []
+    with tqdm(total=table.num_images, desc=f"Images of {table.split}", leave=False) as bar:
+        for start in range(0, table.num_images, IMAGES_AT_ONCE):
+            rows = range(start, min(start + IMAGES_AT_ONCE, table.num_images))
+            part = image_hashes(replace(table.data, dataset=table.data.dataset.select(rows)))
+            content += part.content
+            perceptual.append(part.perceptual)
+            bar.update(len(rows))
+    return ImageHashes(content, np.concatenate(perceptual))
 
 
 def _unreadable(table: ObjectTable, hashes: ImageHashes) -> list[Finding]:
@@ -117,7 +132,7 @@ def _copies(tables: Mapping[str, ObjectTable], hashes: Mapping[str, ImageHashes]
         near[group].append(index)
     copies = [[places[index] for index in group] for group in exact.values() if len(group) > 1]
     alike = [[places[index] for index in group] for group in near.values() if len(group) > 1]
-    likeness = [_likeness(group, tables) for group in alike]
+    vectors = [_grey_values(group, tables) for group in alike]
 
     found = []
     order = list(tables)
@@ -126,7 +141,7 @@ def _copies(tables: Mapping[str, ObjectTable], hashes: Mapping[str, ImageHashes]
             pairs = [pair for group in copies for pair in _copied(group, split, other)]
             what = f"{len(pairs)} of {tables[split].num_images} images of {split} are copies of images of {other}."
             found += _of_pairs("split_leak", split, what, pairs, tables)
-            pairs = [p for group, like in zip(alike, likeness, strict=True) for p in _near(group, like, split, other)]
+            pairs = [p for group, grey in zip(alike, vectors, strict=True) for p in _near(group, grey, split, other)]
             what = (
                 f"{len(pairs)} of {tables[split].num_images} images of {split} are nearly the same pictures as images "
                 f"of {other}."
@@ -136,22 +151,24 @@ def _copies(tables: Mapping[str, ObjectTable], hashes: Mapping[str, ImageHashes]
         pairs = [pair for group in copies for pair in _copied(group, split, split)]
         what = f"{len(pairs)} of {table.num_images} images of {split} are copies of others of it."
         found += _of_pairs("duplicate_images", split, what, pairs, tables)
-        pairs = [p for group, like in zip(alike, likeness, strict=True) for p in _near(group, like, split, split)]
+        pairs = [p for group, grey in zip(alike, vectors, strict=True) for p in _near(group, grey, split, split)]
         what = f"{len(pairs)} of {table.num_images} images of {split} are nearly the same pictures as others of it."
         found += _of_pairs("near_duplicate_images", split, what, pairs, tables)
     return found
 
 
-def _likeness(group: Sequence[_Place], tables: Mapping[str, ObjectTable]) -> np.ndarray:
-    """(n, n) correlations of grey values: hashes say which pictures may be alike, these whether they are."""
+def _grey_values(group: Sequence[_Place], tables: Mapping[str, ObjectTable]) -> np.ndarray:
+    """(n, GREY_SIDE ** 2) vectors of length 1 whose products are correlations of pictures.
+
+    Hashes say which pictures may be alike, these whether they are.
+    """
     vectors = np.zeros((len(group), GREY_SIDE**2), dtype=np.float32)
     for vector, place in zip(vectors, group, strict=True):
         image = decode_rgb(tables[place.split].stored_image(place.row), place.file)
         grey = np.asarray(image.convert("L").resize((GREY_SIDE, GREY_SIDE), PIL.Image.Resampling.BOX), np.float32)
         # Without what all rows or all columns have in common: stripes, sky and floor make pictures alike that are not.
         vector[:] = (grey - grey.mean(axis=0) - grey.mean(axis=1, keepdims=True) + grey.mean()).reshape(-1)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
-    return vectors @ vectors.T
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
 
 
 def _copied(group: Sequence[_Place], split: str, other: str) -> Iterator[tuple[_Place, _Place]]:
@@ -165,18 +182,17 @@ def _copied(group: Sequence[_Place], split: str, other: str) -> Iterator[tuple[_
             yield ours, theirs
 
 
-def _near(group: Sequence[_Place], likeness: np.ndarray, split: str, other: str) -> Iterator[tuple[_Place, _Place]]:
+def _near(group: Sequence[_Place], vectors: np.ndarray, split: str, other: str) -> Iterator[tuple[_Place, _Place]]:
     """Images of a split with the one of `other` that is most alike, unless that has a copy of them."""
-    for place_of_ours, ours in enumerate(group):
-        if ours.split != split:
+    of_other = np.array([place.split == other for place in group])
+    digests = np.array([place.digest for place in group])
+    for number, ours in enumerate(group):
+        candidates = np.flatnonzero(of_other if split != other else of_other[:number])
+        if ours.split != split or not len(candidates) or (digests[candidates] == ours.digest).any():
             continue
-        until = len(group) if split != other else place_of_ours
-        candidates = [index for index in range(until) if group[index].split == other]
-        if not candidates or any(group[index].digest == ours.digest for index in candidates):
-            continue
-        best = max(candidates, key=lambda index: likeness[place_of_ours, index])
-        if likeness[place_of_ours, best] >= ALIKE:
-            yield ours, group[best]
+        likeness = vectors[candidates] @ vectors[number]
+        if likeness.max() >= ALIKE:
+            yield ours, group[candidates[likeness.argmax()]]
 
 
 def _of_pairs(
