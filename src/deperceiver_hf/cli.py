@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `deperceiver`: it finds the module of a subcommand, runs its job, and says how that ended.
 
-The module of a subcommand has
+A subcommand has one word or, in a group such as `data`, two. Its module has
 
 - `add_arguments(parser)`: description, arguments and an example;
 - `prepare(arguments) -> Job`: checks the parsed arguments and makes the job of them (see `jobs.py`);
@@ -62,6 +62,7 @@ COMMANDS = {
     "cards": Command("model_cards.command", "write the model cards of the documented configurations"),
     "demo": Command("demo", "train, evaluate and draw on synthetic scenes in a few minutes"),
 }
+GROUPS = {"data": "Look over data sets and change their files."}  # what commands of two words begin with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a console that cannot show a letter gets an escape
             stream.reconfigure(errors="backslashreplace")
     shared, arguments = _shared_options().parse_known_args(arguments)
-    if not arguments or arguments[0] not in COMMANDS:
-        _overview().parse_args(arguments)  # ends the program
-    name, *arguments = arguments
+    name, arguments = _find_command(arguments)
     as_json, debug = hasattr(shared, "json"), hasattr(shared, "debug")
     module = None
     try:
@@ -102,6 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return getattr(result, "exit_code", 0)
+
+
+def _find_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name of a command and what follows it; where there is none, the program ends with an overview."""
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, arguments[words:]
+    group = arguments[0] if arguments and arguments[0] in GROUPS else None
+    _overview(group).parse_args(arguments if group is None else arguments[1:])
+    raise AssertionError("the parser of the overview knows no command")
 
 
 def _print(text: str) -> None:
@@ -175,17 +184,23 @@ def _shared_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _overview() -> argparse.ArgumentParser:
+def _overview(group: str | None = None) -> argparse.ArgumentParser:
+    """The parser that explains all commands, or those of a group, and runs none."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Train, evaluate and use DePerceiver detectors.",
-        epilog=f"Example: {PROGRAM} demo\n`{PROGRAM} COMMAND --help` explains a command.",
+        prog=f"{PROGRAM} {group}" if group else PROGRAM,
+        description=GROUPS[group] if group else "Train, evaluate and use DePerceiver detectors.",
+        epilog=f"Example: {PROGRAM} demo\n`{PROGRAM} COMMAND --help` explains a command."
+        if group is None
+        else f"`{PROGRAM} {group} COMMAND --help` explains a command.",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
+        if group is None:
+            commands.add_parser(name, help=command.help, add_help=False)
+        elif name.startswith(f"{group} "):
+            commands.add_parser(name.removeprefix(f"{group} "), help=command.help, add_help=False)
     return parser
 
 
