@@ -107,7 +107,10 @@ def test_a_group_names_its_commands(capsys):
         assert all(f"\n  {name} " in printed for name in names)
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["data"], ["data", "paint"], ["evaluate"], ["demo", "--max_steps", "x"], ["demo", "--color"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["paint"], ["data"], ["data", "paint"], ["evaluate"], ["demo", "--max_steps", "x"], ["demo", "--color"]],
+)
 def test_an_unreadable_command_line_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

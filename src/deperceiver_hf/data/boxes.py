@@ -13,6 +13,7 @@ LAYOUTS = {
     "xyxy": "left, top, right, bottom",
     "cxcywh": "centre x, centre y, width, height",
 }
+DECIMALS = 9  # of a coordinate in pixels; float64 is finer for images of any size
 UNITS = {
     "pixels": None,
     "relative": 1,
@@ -71,13 +72,27 @@ class BoxFormat:
             named: (N,) boxes whose layout is (x, y, width, height) already, whatever the format's is.
 
         Returns:
-            (N, 4); `boxes` itself where nothing is to be done.
+            (N, 4); `boxes` itself where nothing is to be done. What is computed is rounded to `DECIMALS`, so that a
+            box of no more is the same to the last bit whether a file holds it so, as corners or relative to the image.
         """
-        if self.layout != "xywh":
-            first, second = boxes[:, :2], boxes[:, 2:]
-            parts = [first, second - first] if self.layout == "xyxy" else [first - second / 2, second]
-            boxes = np.where(np.reshape(named, (-1, 1)), boxes, np.concatenate(parts, axis=1))
-        return boxes if self.whole is None else boxes * (np.concatenate([sizes, sizes], axis=1) / self.whole)
+        if self.layout == "xywh" and self.whole is None:
+            return boxes
+        first, second = boxes[:, :2], boxes[:, 2:]
+        parts = {
+            "xywh": [first, second],
+            "xyxy": [first, _rounded(second - first)],
+            "cxcywh": [first - second / 2, second],
+        }[self.layout]
+        result = np.where(np.reshape(named, (-1, 1)), boxes, np.concatenate(parts, axis=1))
+        if self.whole is not None:
+            result = result * (np.concatenate([sizes, sizes], axis=1) / self.whole)
+        return result if self.layout == "xyxy" and self.whole is None else _rounded(result)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Values in pixels to `DECIMALS`; those that are no coordinates stay as they are."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.abs(values) < 1e6, np.round(np.clip(values, -1e6, 1e6), DECIMALS), values)
 
 
 def xyxy_to_xywh(boxes: ArrayLike, dtype: DTypeLike = np.float64) -> np.ndarray:

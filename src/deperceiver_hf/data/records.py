@@ -51,6 +51,8 @@ ISSUES = {
     "rescaled_image": "images of another size than stated whose boxes fit the stated one, boxes are scaled with them",
     "rotated_image": "images annotated before their EXIF rotation, boxes are rotated with the image",
     "invalid_annotation": "annotations that are no objects with a box, left out",
+    "invalid_annotation_file": "annotation files of single images that cannot be read, left out with their images",
+    "image_without_annotations": "images without an annotation file, which this format has for every image, left out",
     "unknown_image": "annotations of an image that is not listed, left out",
     "unknown_category": "annotations of a category that is not listed, left out",
     "invalid_box": "boxes that are not four finite numbers, left out",
@@ -82,6 +84,7 @@ class LoadingReport:
         counts: number of cases for each key of `ISSUES` that occurred.
         examples: the first case of each, in words.
         remarks: what looks wrong with the data as a whole and was left as it is.
+        recognised: the format of the files and what it was recognised by.
         num_images, num_objects, num_crowds, num_empty_images: what the loaded data set holds; empty images are kept.
     """
 
@@ -89,6 +92,7 @@ class LoadingReport:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    recognised: str = ""
     num_images: int = 0
     num_objects: int = 0
     num_crowds: int = 0
