@@ -60,6 +60,8 @@ COMMANDS = {
     "benchmark": Command("benchmarks.command", "count or measure what models cost"),
     "convert": Command("conversion.job", "convert a checkpoint of the authors' code"),
     "cards": Command("model_cards.command", "write the model cards of the documented configurations"),
+    "data convert": Command("data.writing.convert", "write a data set in another format"),
+    "data split": Command("data.writing.split", "divide a data set into training and validation images"),
     "demo": Command("demo", "train, evaluate and draw on synthetic scenes in a few minutes"),
 }
 GROUPS = {"data": "Look over data sets and change their files."}  # what commands of two words begin with

@@ -75,6 +75,10 @@ BORDER_TOLERANCE = 1.0
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
 
 
+class MissingSplitError(FileNotFoundError):
+    """A data set is there, and has no split of the name."""
+
+
 @dataclass
 class LoadingReport:
     """Counts of what a loader left out or repaired.

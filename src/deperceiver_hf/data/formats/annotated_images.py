@@ -13,7 +13,9 @@ from ..annotated_files import FoundFile, find_image_files
 from ..annotations import AnnotationList, ImageList, assemble, image_path_column
 from ..fields import Id, as_text, is_text, record_ids
 from ..images import UnreadableImageError, read_headers
-from ..records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, split_aliases
+from ..records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, MissingSplitError, split_aliases
+
+INSTEAD_OF_A_SPLIT = "--val_fraction 0.1 takes a part of the training images for validation."
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def words_of(path: Path) -> set[str]:
     return words if len(path.parts) < 2 else words | {path.parent.name.lower()}
 
 
-def no_split(request: Request, found: Sequence[str], how: str) -> FileNotFoundError:
+def no_split(request: Request, found: Sequence[str], how: str) -> MissingSplitError:
     """The error that the split is not there.
 
     Args:
@@ -159,8 +161,8 @@ def no_split(request: Request, found: Sequence[str], how: str) -> FileNotFoundEr
         how: how this format tells splits apart, a sentence.
     """
     there = f"there are {', '.join(found)}" if found else "there is none"
-    make = "" if request.split == "train" else " --val_fraction 0.1 takes a part of the training images instead."
-    return FileNotFoundError(f"{request.path} has no split {request.split!r}; {there}. {how}{make}")
+    make = f" {INSTEAD_OF_A_SPLIT}" if request.split in SPLIT_NAMES["val"] else ""
+    return MissingSplitError(f"{request.path} has no split {request.split!r}; {there}. {how}{make}")
 
 
 def require_one_name_each(names: Sequence[str], source: str) -> list[str]:

@@ -25,8 +25,8 @@ from typing import Any
 from ...errors import UserError
 from ..annotations import AnnotationList, stated_size
 from ..fields import Id, IdTable, as_id, as_text, category_order
-from ..records import SPLIT_NAMES, LoadingReport, split_aliases
-from .annotated_images import AnnotatedImages, Request, listing_of, shortened, words_of
+from ..records import SPLIT_NAMES, LoadingReport, MissingSplitError, split_aliases
+from .annotated_images import INSTEAD_OF_A_SPLIT, AnnotatedImages, Request, listing_of, shortened, words_of
 from .layouts import (
     ANNOTATION_DIRECTORIES,
     EXPECTED,
@@ -140,10 +140,11 @@ def find_coco_split(path: Path, split: str) -> CocoSplit:
     if place is not None:
         return place
     found = sorted(str(file.relative_to(path)) for file in {*path.glob("annotations/*"), *annotation_files(path)})
-    raise FileNotFoundError(
+    make = f" {INSTEAD_OF_A_SPLIT}" if split in SPLIT_NAMES["val"] else ""
+    raise MissingSplitError(
         f"No annotations of split {split!r} in {path}. Looked for {', '.join(tried)}; annotation files found: "
         f"{shortened(found) or 'none'}; in the directory: {listing_of(path)}. Choose a split that is there or "
-        "rename the files."
+        f"rename the files.{make}"
     )
 
 
@@ -193,9 +194,10 @@ def _split_of_file(path: Path, split: str) -> CocoSplit:
         if place is not None:
             return place
     own = f"split {', '.join(own_splits)}" if own_splits else "one split, which is taken for train"
-    raise FileNotFoundError(
+    make = f" {INSTEAD_OF_A_SPLIT}" if split in SPLIT_NAMES["val"] else ""
+    raise MissingSplitError(
         f"{path} has the annotations of {own}; there are none of split {split!r} in {root}. Write them to "
-        f"annotations/instances_{split}.json in the directory with the images, or name the split that is there."
+        f"annotations/instances_{split}.json in the directory with the images, or name the split that is there.{make}"
     )
 
 

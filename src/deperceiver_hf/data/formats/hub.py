@@ -34,8 +34,8 @@ from ...errors import UserError, one_line
 from ..annotations import AnnotationList, ImageList, assemble, stated_size
 from ..fields import Id, as_id, as_integer, record_ids
 from ..images import ImageHeader, OutsideImageError, UnreadableImageError, try_header
-from ..records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, split_aliases
-from .annotated_images import Request
+from ..records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, MissingSplitError, split_aliases
+from .annotated_images import INSTEAD_OF_A_SPLIT, Request
 from .layouts import EXPECTED, is_of_datasets, is_saved
 
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "bounding_box", "bounding_boxes", "bndbox")
@@ -76,9 +76,9 @@ def load(request: Request) -> DetectionData:
     splits = _load_splits(source, request.cache_dir, request.config, request.streaming)
     split_name = next((name for name in split_aliases(request.split) if name in splits), None)
     if split_name is None:
-        make = "" if request.split == "train" else ", or take a part of the training images by --val_fraction 0.1"
-        raise FileNotFoundError(
-            f"{source} has no split {request.split!r}; its splits are {', '.join(splits)}. Choose one of them{make}."
+        make = f" {INSTEAD_OF_A_SPLIT}" if request.split in SPLIT_NAMES["val"] else ""
+        raise MissingSplitError(
+            f"{source} has no split {request.split!r}; its splits are {', '.join(splits)}. Choose one of them.{make}"
         )
     with _as_user_errors(f"{source}, split {split_name}, cannot be read"):
         raw = splits[split_name]
