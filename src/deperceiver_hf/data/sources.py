@@ -22,6 +22,7 @@ def load_detection_data(
     split: str,
     *,
     images: str | os.PathLike | None = None,
+    alone: bool = False,
     format: str | None = None,
     strict: bool = False,
     max_samples: int | None = None,
@@ -44,8 +45,10 @@ def load_detection_data(
             the others, options may follow too, `NAME:bbox_format=xyxy,strict=true`; they are `format`, `bbox_format`,
             `strict`, `outside` (which is `allow_outside`), `config` and `streaming`.
         split: `train`, `val` (also `validation`) or `test`.
-        images: directory of the images, where they are apart from the annotations. `dataset` then is the annotation
-            file of this split, or the directory of its annotation files, whatever their names say of splits.
+        images: directory of the images, where they are apart from the annotations, `dataset`, which then are those of
+            this split.
+        alone: `dataset` is the annotation file of this split, or the directory of its annotation files, whatever their
+            names say of splits.
         format: key of `FORMATS`, where the content does not tell.
         strict: refuse a data set in which anything is broken, instead of repairing, counting and reporting it.
         max_samples: load the first images only.
@@ -74,6 +77,7 @@ def load_detection_data(
         "strict": strict,
         "allow_outside": allow_outside,
         "streaming": streaming,
+        "alone": alone or images is not None,
     }
     if is_synthetic(dataset):
         if given := [name for name, value in reading.items() if value not in (None, False) and name != "strict"]:
@@ -139,7 +143,7 @@ def _load(
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if images is not None and not Path(expand_home(images)).is_dir():
         raise FileNotFoundError(f"There is no directory of images {os.fspath(images)}.")
-    path, format = _place_and_format(dataset, format, descend=images is None)
+    path, format = _place_and_format(dataset, format, descend=not reading["alone"])
     request = Request(
         path=path,
         source=dataset,

@@ -127,14 +127,10 @@ def find_listed(data: DetectionData, file: str | os.PathLike, names: Sequence[st
     return np.array(sorted(found), dtype=np.int64)
 
 
-def write_list(
-    path: str | os.PathLike, data: DetectionData, indices: Sequence[int] | np.ndarray | None = None
-) -> None:
-    """Write the list of some images of a data set, or of all."""
-    names = image_names(data)
+def write_list(path: str | os.PathLike, names: Sequence[str]) -> None:
+    """Write the names of images as a list."""
     with atomic_path(path) as temporary:
-        lines = names if indices is None else [names[index] for index in indices]
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
+        temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def image_names(data: DetectionData) -> list[str]:

@@ -26,8 +26,8 @@ class Request:
         path: directory or annotation file; `None` for a data set on the Hub.
         source: the same as the user gave it.
         split: `train`, `val`, `test` or a name of the user's own.
-        images: directory of the images, where they are apart from the annotations. `path` then holds those of this
-            split alone, whatever it is called.
+        images: directory of the images, where they are apart from the annotations.
+        alone: `path` holds the annotations of this split alone, whatever it is called.
         strict: refuse a data set in which anything is broken.
         max_samples: load the first images only.
         cache_dir: where `datasets` keeps what it makes.
@@ -41,6 +41,7 @@ class Request:
     source: str
     split: str
     images: Path | None = None
+    alone: bool = False
     strict: bool = False
     max_samples: int | None = None
     cache_dir: str | None = None

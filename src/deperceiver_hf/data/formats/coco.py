@@ -72,6 +72,8 @@ def read(request: Request) -> AnnotatedImages:
     assert request.path is not None
     if request.images is not None:
         place = CocoSplit(request.images, request.path, [request.images], [])
+    elif request.alone:
+        place = _place_of_file(request.path, request.split)
     else:
         place = find_coco_split(request.path, request.split)
     report = LoadingReport(f"{place.root.name}/{request.split} ({place.annotation_file})")
@@ -178,17 +180,28 @@ def _find_split(root: Path, split: str) -> tuple[CocoSplit | None, list[str]]:
     return _with_images(root, candidates[0], (stem, *split_aliases(split), f"{split}2017")), tried
 
 
-def _split_of_file(path: Path, split: str) -> CocoSplit:
-    """The split of the data set that an annotation file belongs to; the file itself if that is its split."""
+def _root_of_file(path: Path) -> Path:
+    """The data directory that an annotation file belongs to."""
     parent = path.parent
     known = {*ANNOTATION_DIRECTORIES, *(name for names in SPLIT_NAMES.values() for name in names)}
     within = parent.name.lower() in known or path.name == ROBOFLOW_FILE
-    root = parent.parent if within else parent
+    return parent.parent if within else parent
+
+
+def _place_of_file(path: Path, split: str) -> CocoSplit:
+    """An annotation file as that of a split."""
+    root = _root_of_file(path)
+    stem = path.name.split(".")[0].removeprefix("instances_")
+    names = (stem, *_splits_of(path, root), *split_aliases(split), f"{split}2017")
+    return _with_images(root, path, names)
+
+
+def _split_of_file(path: Path, split: str) -> CocoSplit:
+    """The split of the data set that an annotation file belongs to; the file itself if that is its split."""
+    root = _root_of_file(path)
     own_splits = _splits_of(path, root)
     if _is_of_split(path, root, split) or (not own_splits and split in SPLIT_NAMES["train"]):
-        stem = path.name.split(".")[0].removeprefix("instances_")
-        names = (stem, *(own_splits or ()), *split_aliases(split), f"{split}2017")
-        return _with_images(root, path, names)
+        return _place_of_file(path, split)
     if own_splits:
         place, _ = _find_split(root, split)
         if place is not None:

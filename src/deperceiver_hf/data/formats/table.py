@@ -113,8 +113,8 @@ def read(request: Request) -> AnnotatedImages:
     """
     assert request.path is not None
     root, tables = request.directory, _tables(request.path)
-    chosen = tables if request.images is not None else _of_split(tables, root, request.split)
-    if request.path.is_file() and request.images is None:
+    chosen = tables if request.alone else _of_split(tables, root, request.split)
+    if request.path.is_file() and not request.alone:
         tables = _tables(root)  # those of the other splits are beside it
         chosen = chosen or _of_split(tables, root, request.split)
     if not chosen:

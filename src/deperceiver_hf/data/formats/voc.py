@@ -50,7 +50,7 @@ def read(request: Request) -> AnnotatedImages:
     """
     assert request.path is not None
     files = _Files(request.path, request.images)
-    chosen = files.annotations if request.images is not None else files.of_split(request.split)
+    chosen = files.annotations if request.alone else files.of_split(request.split)
     if not chosen:
         raise no_split(request, splits(request.path), HOW_SPLITS_ARE_TOLD)
     report = LoadingReport(f"{request.path.name}/{request.split} ({request.path})")
@@ -68,7 +68,7 @@ def read(request: Request) -> AnnotatedImages:
         raise UserError(f"{report.source}: none of the {len(chosen)} XML files can be read. {report.sentence()}")
     label_names = files.label_names()
     annotations = _read_objects(objects, label_names, report)
-    if without := files.without_annotations(request.split) if request.images is None else []:
+    if without := files.without_annotations(request.split) if not request.alone else []:
         report.add("image_without_annotations", without[0], len(without))
     return AnnotatedImages(
         report=report,

@@ -86,10 +86,10 @@ def read(request: Request) -> AnnotatedImages:
     report = LoadingReport(f"{root.name}/{request.split} ({settings.file or root})")
     if request.images is not None:
         files = _images_below(request.images)
-    elif settings.splits:
+    elif settings.splits and not (request.alone and request.path.is_dir()):
         files = _images_of_entries(settings, request, report)
     else:
-        files = [name for name in _images_below(root) if is_of_split(name, request.split)]
+        files = [name for name in _images_below(root) if request.alone or is_of_split(name, request.split)]
         if not files:
             raise no_split(request, splits(request.path), HOW_SPLITS_ARE_TOLD)
     top = request.images or root

@@ -188,7 +188,8 @@ def _count_ids(data: DetectionData, lost: Counter) -> None:
     """Count the ids that only COCO's files have, where they say something."""
     own = _image_ids(data)
     lost["image_ids"] += 0 if own is None or own == list(range(len(own))) else len(own)
-    lost["category_ids"] += 0 if data.category_ids == list(range(len(data.category_ids))) else len(data.category_ids)
+    numbered = data.category_ids == list(range(len(data.category_ids)))
+    lost["category_ids"] = max(lost["category_ids"], 0 if numbered else len(data.category_ids))
     ids = [own for row in data.dataset.with_format(None).select_columns("objects") for own in row["objects"]["id"]]
     lost["annotation_ids"] += 0 if ids == list(range(1, len(ids) + 1)) else len(ids)
 
