@@ -20,9 +20,10 @@ UNITS = {
     "percent": 100,
     "permille": 1000,
 }  # what a whole side of the image is
-BOX_FORMATS = tuple(
-    layout if unit == "pixels" else f"{layout}_{unit}" for unit in UNITS for layout in LAYOUTS
-)  # e.g. xyxy, cxcywh_relative
+BOX_FORMATS = (
+    *(layout if unit == "pixels" else f"{layout}_{unit}" for unit in UNITS for layout in LAYOUTS),
+    "voc",
+)  # e.g. xyxy, cxcywh_relative; voc is xyxy of the first and the last pixel, counted from 1
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class BoxFormat:
     Attributes:
         layout: Key of `LAYOUTS`.
         unit: Key of `UNITS`.
+        origin: Number of the first pixel, 0 or 1. From 1 pixels are counted, not edges: the right one is the last.
     """
 
     layout: str = "xywh"
     unit: str = "pixels"
+    origin: int = 0
 
     @classmethod
     def parse(cls, name: str) -> "BoxFormat":
@@ -46,17 +49,22 @@ class BoxFormat:
         """
         if name not in BOX_FORMATS:
             raise UserError(f"bbox_format must be one of {', '.join(BOX_FORMATS)}, got {name!r}")
+        if name == "voc":
+            return cls("xyxy", origin=1)
         layout, _, unit = name.partition("_")
         return cls(layout, unit or "pixels")
 
     def __str__(self) -> str:
+        if self.origin:
+            return "voc"
         return self.layout if self.unit == "pixels" else f"{self.layout}_{self.unit}"
 
     @property
     def description(self) -> str:
         """The format in words."""
         whole = UNITS[self.unit]
-        return f"{LAYOUTS[self.layout]} " + ("in pixels" if whole is None else f"from 0 to {whole}")
+        pixels = "in pixels counted from 1" if self.origin else "in pixels"
+        return f"{LAYOUTS[self.layout]} " + (pixels if whole is None else f"from 0 to {whole}")
 
     @property
     def whole(self) -> int | None:
@@ -77,7 +85,7 @@ class BoxFormat:
         """
         if self.layout == "xywh" and self.whole is None:
             return boxes
-        first, second = boxes[:, :2], boxes[:, 2:]
+        first, second = boxes[:, :2] - self.origin, boxes[:, 2:]
         parts = {
             "xywh": [first, second],
             "xyxy": [first, _rounded(second - first)],

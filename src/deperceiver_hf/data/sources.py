@@ -141,14 +141,15 @@ def _load(
         BoxFormat.parse(bbox_format)
     if format is not None and format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if images is not None and not Path(expand_home(images)).is_dir():
-        raise FileNotFoundError(f"There is no directory of images {os.fspath(images)}.")
-    path, format = _place_and_format(dataset, format, descend=not reading["alone"])
+    place_of_images = None if images is None else Path(expand_home(images))
+    if place_of_images is not None and not place_of_images.is_dir():
+        raise FileNotFoundError(f"There is no directory of images {place_of_images}.")
+    path, format = _place_and_format(dataset, format, alone=reading["alone"])
     request = Request(
         path=path,
         source=dataset,
         split=split,
-        images=None if images is None else Path(expand_home(images)),
+        images=place_of_images,
         max_samples=max_samples,
         cache_dir=cache_dir,
         box_format=bbox_format,
@@ -164,18 +165,18 @@ def _load(
     return data
 
 
-def _place_and_format(dataset: str, format: str | None, descend: bool = True) -> tuple[Path | None, str]:
+def _place_and_format(dataset: str, format: str | None, alone: bool = False) -> tuple[Path | None, str]:
     """Where a data set is, `None` for one on the Hub, and its format."""
     path = Path(expand_home(dataset))
     if not path.exists():
         if format not in (None, "datasets"):
             raise FileNotFoundError(f"There is no directory or file {path}.")
         return None, "datasets"
-    if path.is_dir() and descend and (root := data_directory(path)) != path:
+    if path.is_dir() and not alone and (root := data_directory(path)) != path:
         if is_main_process():
             logger.warning_once(f"{path} holds one directory; the data set in it, {root}, is loaded.")
         path = root
-    return path, format or choose_format(path)
+    return path, format or choose_format(path, alone=alone)
 
 
 def split_options(dataset: str) -> tuple[str, dict[str, Any]]:

@@ -86,14 +86,21 @@ def recognised_formats(path: Path) -> dict[str, str]:
     return found
 
 
-def choose_format(path: Path) -> str:
+def choose_format(path: Path, alone: bool = False) -> str:
     """The format of a directory or file, by its content.
+
+    Args:
+        path: of the directory or file.
+        alone: a directory may hold annotation files without their images.
 
     Raises:
         FileNotFoundError: it is no data set; the message says what it is.
         ValueError: it may be of several formats.
     """
     found = recognised_formats(path)
+    if not found and alone and path.is_dir():
+        kinds = {"voc": ".xml", "yolo": ".txt"}
+        found = {name: suffix for name, suffix in kinds.items() if any(path.glob(f"*{suffix}"))}
     if len(found) == 1:
         return next(iter(found))
     if found:

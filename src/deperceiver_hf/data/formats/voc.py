@@ -5,9 +5,10 @@ Splits are the lists in `ImageSets/Main/SPLIT.txt` where these are there, else w
 neither is the training split. An XML file belongs to the image of its name (`a.xml`, `a.jpg`) that shares most folders
 with it, or to the one that its `filename` names. Images without an XML file are left out: nobody has looked at them.
 
-Coordinates are taken as they are written, in pixels from the image's corner, and may have fractions. The original's
-count pixels from 1, most tools' from 0; boxes of the original are off by at most a pixel therefore. Classes are sorted
-by name, those of all splits together, unless `labels.txt` or `labelmap.txt` (as of CVAT) gives their order.
+Coordinates are pixels from the image's corner, and may have fractions: most tools write them so. The original's are
+the numbers of the first and the last pixel, counted from 1 (`box_format` `voc`). Which of the two is told by objects
+at the border, where one has 0 and the other 1; without such objects, they are taken as they are written. Classes are
+sorted by name, those of all splits together, unless `labels.txt` or `labelmap.txt` (as of CVAT) gives their order.
 """
 
 import re
@@ -15,16 +16,20 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ...errors import UserError, one_line
 from ..annotations import AnnotationList, stated_size
-from ..fields import as_text
+from ..fields import as_number, as_text
 from ..records import SPLIT_NAMES, LoadingReport, split_aliases
 from .annotated_images import AnnotatedImages, Request, is_of_split, no_split, require_one_name_each
 from .layouts import PICTURE_SUFFIXES, files_below, head_of, lines_of, relative_files
 
 NAME_FILES = ("labels.txt", "labelmap.txt", "classes.txt")
 HOW_SPLITS_ARE_TOLD = "A list ImageSets/Main/SPLIT.txt names its images, or a folder is called after it."
+COUNTED_FROM_ZERO = "coordinates count from 0"  # in source/annotation, by which our own files say so
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
+_FEW_AT_BORDER = 4
 
 
 def recognise(path: Path) -> str | None:
@@ -67,6 +72,7 @@ def read(request: Request) -> AnnotatedImages:
     if not names:
         raise UserError(f"{report.source}: none of the {len(chosen)} XML files can be read. {report.sentence()}")
     label_names = files.label_names()
+    from_one = files.count_from_one()
     annotations = _read_objects(objects, label_names, report)
     if without := files.without_annotations(request.split) if not request.alone else []:
         report.add("image_without_annotations", without[0], len(without))
@@ -78,8 +84,9 @@ def read(request: Request) -> AnnotatedImages:
         label_names=label_names,
         annotations=annotations,
         sizes=sizes,
-        box_format="xyxy",
-        evidence=f"{len(chosen)} XML files{', lists in ImageSets' if files.lists else ''}",
+        box_format="voc" if from_one else "xyxy",
+        evidence=f"{len(chosen)} XML files{', lists in ImageSets' if files.lists else ''}, pixels counted from "
+        f"{int(from_one)}",
     )
 
 
@@ -113,6 +120,8 @@ class _Files:
         for path in relative_files(images or root, PICTURE_SUFFIXES):
             self.images.setdefault(Path(path).stem, []).append(path)
         self._names: dict[str, set[str]] = {}  # of the classes in each XML file that was parsed
+        self._lows: dict[str, list[float]] = {}  # left and top sides in each
+        self._from_zero = False
 
     def of_split(self, split: str) -> list[str]:
         """The XML files of a split, in the order of its list or sorted."""
@@ -161,7 +170,7 @@ class _Files:
 
     def parse(self, annotation: str, report: LoadingReport) -> ElementTree.Element | None:
         """The content of an XML file; what is none is reported."""
-        self._names[annotation] = set()
+        self._names[annotation], self._lows[annotation] = set(), []
         try:
             root = ElementTree.parse(self.root / annotation).getroot()
         except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
@@ -171,7 +180,25 @@ class _Files:
             report.add("invalid_annotation_file", f"{annotation}: its root is <{root.tag[:50]}>, not <annotation>")
             return None
         self._names[annotation] = {_text(element, "name") for element in root.findall("object")}
+        boxes = root.findall("object/bndbox")
+        self._lows[annotation] = [as_number(_text(box, side)) for box in boxes for side in _SIDES[:2]]
+        self._from_zero |= root.findtext("source/annotation") == COUNTED_FROM_ZERO
         return root
+
+    def count_from_one(self) -> bool:
+        """Whether coordinates count pixels from 1: whole numbers of which none is 0 and more are 1 than others."""
+        self._parse_all()
+        lows = np.concatenate([np.zeros(0), *map(np.array, self._lows.values())])
+        lows = lows[np.isfinite(lows)]
+        if self._from_zero or not len(lows) or lows.min() < 1 or (lows != np.round(lows)).any():
+            return False
+        at_border, near = int((lows == 1).sum()), int(((lows > 1) & (lows < 10)).sum()) / 8
+        return at_border >= _FEW_AT_BORDER and at_border > 3 * near + 2
+
+    def _parse_all(self) -> None:
+        for path in self.annotations:
+            if path not in self._names:
+                self.parse(path, LoadingReport(""))
 
     def label_names(self) -> list[str]:
         """Names of the classes: those in a file for them, else those of all splits, sorted."""
@@ -181,9 +208,7 @@ class _Files:
                 if name == "labelmap.txt":
                     listed = [line.split(":")[0] for line in listed if line.split(":")[0] != "background"]
                 return require_one_name_each(listed, str(file))
-        for path in self.annotations:
-            if path not in self._names:
-                self.parse(path, LoadingReport(""))
+        self._parse_all()
         names = sorted(set().union(*self._names.values()) - {""})
         if not names:
             raise UserError(f"{self.root}: none of the {len(self.annotations)} XML files has an object with a name.")

@@ -17,6 +17,7 @@ from ...errors import UserError
 from ..boxes import DECIMALS, BoxFormat
 from ..fields import Id
 from ..formats.layouts import PICTURE_SUFFIXES
+from ..formats.voc import COUNTED_FROM_ZERO
 from ..records import DetectionData
 
 CANNOT_CARRY = {
@@ -129,6 +130,7 @@ def write_voc(splits: Splits, directory: Path) -> Counter:
             boxes, kept = _ordinary_boxes(row, lost)
             root = ElementTree.Element("annotation")
             _add(root, folder="JPEGImages", filename=file)
+            _add(ElementTree.SubElement(root, "source"), annotation=COUNTED_FROM_ZERO)
             _add(ElementTree.SubElement(root, "size"), width=row["width"], height=row["height"], depth=3)
             for place, box in zip(kept, boxes.tolist(), strict=True):
                 element = ElementTree.SubElement(root, "object")
