@@ -33,6 +33,8 @@ MISTAKES = {
     "cards": ["--metrics", "v2-nano=/no/such/file", "--output_dir", "cards"],
     "demo": ["--output_dir", "file/in/the/way"],
     "data check": ["/no/such/directory"],
+    "data convert": ["/no/such/directory", "out", "--to", "yolo"],
+    "data split": ["/no/such/directory", "out", "--val_fraction", "0.1"],
 }
 
 

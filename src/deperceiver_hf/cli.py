@@ -61,6 +61,8 @@ COMMANDS = {
     "convert": Command("conversion.job", "convert a checkpoint of the authors' code"),
     "cards": Command("model_cards.command", "write the model cards of the documented configurations"),
     "data check": Command("training.data_check.command", "find what is wrong with a data set, and a recipe for it"),
+    "data convert": Command("data.writing.convert", "write a data set in another format"),
+    "data split": Command("data.writing.split", "divide a data set into training and validation images"),
     "demo": Command("demo", "train, evaluate and draw on synthetic scenes in a few minutes"),
 }
 GROUPS = {"data": "Look over data sets and change their files."}  # what commands of two words begin with

@@ -36,7 +36,7 @@ class AnnotationList:
         self.iscrowd.append(iscrowd)
         self.id.append(id)
 
-    def of_images(self, kept: np.ndarray) -> "AnnotationList":
+    def of_images(self, kept: Sequence[int] | np.ndarray) -> "AnnotationList":
         """Those of the images at the indices `kept` (K,), whose indices are their places there."""
         place = {int(index): position for position, index in enumerate(kept)}
         chosen = [row for row, index in enumerate(self.image_index) if index in place]
@@ -74,7 +74,11 @@ def stated_size(width: Any, height: Any, name: str, report: LoadingReport) -> tu
 
 
 def assemble(
-    images: ImageList, annotations: AnnotationList, report: LoadingReport, bbox_format: str | None = None
+    images: ImageList,
+    annotations: AnnotationList,
+    report: LoadingReport,
+    bbox_format: str | None = None,
+    usual_format: str = "xywh",
 ) -> tuple[np.ndarray, dict[str, pa.Array]]:
     """What every loader does with what it has found: leave out images that cannot be read, decide on sizes and frames
     of the others, check and arrange their annotations.
@@ -83,8 +87,9 @@ def assemble(
         images: All images.
         annotations: Of any of them, by their index.
         report: Is told what was left out and repaired.
-        bbox_format: One of `BOX_FORMATS`; by default `xywh`, which is refused where the boxes are plainly something
-            else.
+        bbox_format: One of `BOX_FORMATS`; by default the usual one, which is refused where the boxes are plainly
+            something else.
+        usual_format: How the format of the files writes boxes.
 
     Returns:
         The indices (K,) of the images that can be read, and the columns of `DETECTION_FEATURES` for them, but for the
@@ -101,7 +106,9 @@ def assemble(
     stated, names = ([values[row] for row in kept] for values in (images.stated_sizes, images.names))
     sizes, rotations, differs = seen_sizes(headers, stated, names, report)
     annotations = annotations.of_images(kept)
-    boxes, scales = _boxes_as_seen(annotations, sizes, stated, rotations, differs, bbox_format, report)
+    form = BoxFormat.parse(bbox_format or usual_format)
+    asked_for = bbox_format is not None
+    boxes, scales = _boxes_as_seen(annotations, sizes, stated, rotations, differs, form, asked_for, report)
     for row in np.flatnonzero(differs):
         issue = "size_mismatch" if (scales[row] == 1).all() else "rescaled_image"
         report.add(issue, f"{names[row]} is {headers[row].seen_size}, stated {stated[row]} (width, height)")
@@ -123,12 +130,12 @@ def _boxes_as_seen(
     stated: Sequence[tuple[int, int] | None],
     rotations: np.ndarray,  # (K,)
     differs: np.ndarray,  # (K,)
-    bbox_format: str | None,
+    form: BoxFormat,
+    asked_for: bool,
     report: LoadingReport,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The boxes (N, 4) as (x, y, width, height) in pixels of the images as seen, and by what those of each image were
     scaled (K, 2)."""
-    form = BoxFormat.parse(bbox_format or "xywh")
     image_index = np.asarray(annotations.image_index, dtype=np.int64)
     given, named = as_boxes(annotations.bbox)
     turned = (rotations >= 5)[:, None]
@@ -142,7 +149,7 @@ def _boxes_as_seen(
         resized = made_smaller_or_larger(boxes, image_index, sizes, stated_sizes, report)
         frames[resized] = stated_sizes[resized]
         scales[resized] = sizes[resized] / stated_sizes[resized]
-    check_box_format(given, named, frames[image_index], image_index, form, bbox_format is not None, report)
+    check_box_format(given, named, frames[image_index], image_index, form, asked_for, report)
     boxes = form.to_xywh(given, frames[image_index], named)
     if (rotations != 1).any():
         boxes = rotate_boxes(boxes, rotations[image_index], sizes[image_index])

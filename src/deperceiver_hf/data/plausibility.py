@@ -232,7 +232,7 @@ def _part_of_the_image(
 
 def _fitting(boxes: np.ndarray, named: np.ndarray, sizes: np.ndarray, units: tuple[str, ...]) -> list[BoxFormat]:
     """The formats of these units in which nearly all boxes fit their images, and use more than a corner of them."""
-    formats = [form for form in map(BoxFormat.parse, BOX_FORMATS) if form.unit in units]
+    formats = [form for form in map(BoxFormat.parse, BOX_FORMATS) if form.unit in units and form.origin == 0]
     return [
         form
         for form in formats

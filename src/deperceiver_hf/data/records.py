@@ -52,6 +52,8 @@ ISSUES = {
     "rotated_image": "images annotated before their EXIF rotation, boxes are rotated with the image",
     "unturned_boxes": "images that EXIF turns and whose boxes fit the stored picture only, left as they are",
     "invalid_annotation": "annotations that are no objects with a box, left out",
+    "invalid_annotation_file": "annotation files of single images that cannot be read, left out with their images",
+    "image_without_annotations": "images without an annotation file, which this format has for every image, left out",
     "unknown_image": "annotations of an image that is not listed, left out",
     "unknown_category": "annotations of a category that is not listed, left out",
     "shifted_category_ids": "annotations of which all would be of listed categories if ids were counted one higher or "
@@ -89,6 +91,7 @@ class LoadingReport:
         counts: number of cases for each key of `ISSUES` that occurred.
         examples: the first case of each, in words.
         remarks: what looks wrong with the data as a whole and was left as it is.
+        recognised: the format of the files and what it was recognised by.
         num_images, num_objects, num_crowds, num_empty_images: what the loaded data set holds; empty images are kept.
     """
 
@@ -96,6 +99,7 @@ class LoadingReport:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    recognised: str = ""
     num_images: int = 0
     num_objects: int = 0
     num_crowds: int = 0

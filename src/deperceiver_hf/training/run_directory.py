@@ -10,6 +10,7 @@
         last/                   the model at the end of training, with the same files
         metrics.jsonl           one line for each log interval and each evaluation
         options.yaml            the options of the run, as a recipe that repeats it
+        train_images.txt, val_images.txt    names of the images on both sides, where the run has divided a split
         summary.json            written at the end
 
 A directory is written under a temporary name and renamed when it is complete, and renamed before it is deleted, so
@@ -39,6 +40,7 @@ class RunDirectory:
         path: The output directory.
         log: Lines of numbers, JSON each.
         options: What the run was told, as a recipe.
+        train_list, val_list: Names of the images on both sides of a split that the run divided.
         summary: How the run ended; there is none before.
         best: Link to the model of the highest AP.
         last: The model at the end of training.
@@ -48,6 +50,8 @@ class RunDirectory:
         self.path = Path(path)
         self.log = self.path / "metrics.jsonl"
         self.options = self.path / "options.yaml"
+        self.train_list = self.path / "train_images.txt"
+        self.val_list = self.path / "val_images.txt"
         self.summary = self.path / "summary.json"
         self.best = self.path / "best"
         self.last = self.path / "last"
@@ -121,13 +125,14 @@ class RunDirectory:
         return metrics[0].read_bytes() == metrics[1].read_bytes()
 
     def _is_half_written(self, path: Path) -> bool:
-        files = (self.log, self.options, self.summary, self.path / PROBE)
+        files = (self.log, self.options, self.train_list, self.val_list, self.summary, self.path / PROBE)
         unfinished = path.name.endswith((TEMPORARY_SUFFIX, DELETED_SUFFIX))
         return unfinished or any(is_temporary(path, of=file) for file in files)
 
     def _is_ours(self, path: Path) -> bool:
         patterns = (STATE_PATTERN, MODEL_PATTERN)
-        named = (self.log, self.options, self.summary, self.best, self.last)
+        lists = (self.train_list, self.val_list)
+        named = (self.log, self.options, *lists, self.summary, self.best, self.last)
         matches = any(pattern.fullmatch(path.name) for pattern in patterns)
         return path in named or matches or self._is_half_written(path)
 

@@ -4,16 +4,14 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig
 
@@ -24,10 +22,8 @@ from ..data import (
     DetectionDataset,
     TrainingBatchSampler,
     is_synthetic,
-    load_detection_data,
     make_train_transforms,
 )
-from ..data.classes import with_labels_of
 from ..data.doctor.objects import ObjectTable, TrainedSize, require_objects
 from ..data.doctor.quick import quick_check
 from ..data.images import limit_pixels
@@ -38,10 +34,9 @@ from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
 from ..machine import choose_precision, find_device, make_accelerator
 from .arguments import TrainingOptions
 from .building import build_image_processor
+from .splits import RunSplits
 
 logger = get_logger(__name__)
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -49,41 +44,46 @@ class TrainingData:
     """The data of a run, as one process sees them.
 
     Attributes:
-        train: Records to train on.
-        evaluation: Records to evaluate on; `None` if the run never evaluates.
+        splits: Records to train and to evaluate on.
         image_processor: Prepares images; saved with the model.
         dataset: `train` with its augmentation.
         collate: Makes a batch.
         sampler: Chooses the images of this process's batches.
     """
 
-    train: DetectionData
-    evaluation: DetectionData | None
+    splits: RunSplits
     image_processor: Any
     dataset: DetectionDataset
     collate: DetectionCollator
     sampler: TrainingBatchSampler
 
+    @property
+    def train(self) -> DetectionData:
+        """Records to train on."""
+        return self.splits.train
+
+    @property
+    def evaluation(self) -> DetectionData | None:
+        """Records to evaluate on; `None` if the run never evaluates."""
+        return self.splits.evaluation
+
     @classmethod
-    def load(cls, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
+    def load(cls, options: TrainingOptions, accelerator: Accelerator, state: Path | None = None) -> "TrainingData":
         """Load the splits, on the main process first.
+
+        Args:
+            options: Of the run.
+            accelerator: Of the run.
+            state: Training state that the run goes on from.
 
         Raises:
             ValueError: They have other classes, or fewer images than a batch.
             OSError: They cannot be read.
         """
         limit_pixels(options.max_image_pixels)
-        load_split = partial(load_detection_data, options.dataset, bbox_format=options.box_format)
-        train = main_process_first(
-            accelerator, partial(load_split, options.train_split, max_samples=options.max_train_samples)
-        )
+        splits = RunSplits.load(options, accelerator, state)
+        train, evaluation = splits.train, splits.evaluation
         require_objects(ObjectTable.of(train, options.train_split))
-        evaluation = None
-        if options.eval_every or options.eval_steps:
-            evaluation = main_process_first(
-                accelerator, partial(load_split, options.eval_split, max_samples=options.max_eval_samples)
-            )
-            evaluation = with_labels_of(train, evaluation)
         image_processor = build_image_processor(options)
         unusual = _unusual_preprocessing(options, image_processor)
         if unusual.keys() & {"image_mean", "image_std"}:
@@ -113,7 +113,7 @@ class TrainingData:
             num_processes=accelerator.num_processes,
         )
         collate = DetectionCollator(image_processor, do_resize=False)
-        return cls(train, evaluation, image_processor, dataset, collate, sampler)
+        return cls(splits, image_processor, dataset, collate, sampler)
 
     def look_over(self, options: TrainingOptions, config: PreTrainedConfig) -> None:
         """Say what the doctor finds without a look at pixels; what loading found has been said.
@@ -132,8 +132,9 @@ class TrainingData:
         )
         for finding in findings:
             logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, finding.sentence())
-        if any(finding.severity != "note" for finding in findings) and not is_synthetic(options.dataset):
-            logger.warning(f"`deperceiver data check {options.dataset} --report DIR` shows more, with pictures.")
+        if any(finding.severity != "note" for finding in findings):
+            given = "--annotations ..." if options.annotations is not None else options.dataset
+            logger.warning(f"`deperceiver data check {given} --report DIR` shows more, with pictures.")
 
     def require_evaluation(self) -> DetectionData:
         """The data of the evaluations of a run that has some."""
@@ -205,27 +206,13 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
     return accelerator
 
 
-def main_process_first(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """Call on the main process, then on the others, which find its downloads; its error is raised on all."""
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            result = function()
-        except (ValueError, OSError) as raised:
-            error = raised
-    (message,) = broadcast_object_list([error and str(error)])  # not every exception can be pickled
-    if message is not None:
-        raise error or ValueError(message)
-    return result if accelerator.is_main_process else function()
-
-
 def make_fingerprint(options: TrainingOptions, data: TrainingData, accelerator: Accelerator) -> dict[str, Any]:
     """What must be the same in a resumed run, as JSON gives it back."""
     facts = options.facts()
     fixed = {name: value for name, value in dataclasses.asdict(options).items() if not facts[name].resume_may_change}
     if options.model is not None:  # it has its architecture, whether that is named or not
         del fixed["architecture"]
-    content = {"training images": len(data.dataset), "classes": data.train.label_names}
+    content = {"training images": len(data.dataset), "classes": data.train.label_names, **data.splits.fingerprint}
     if is_synthetic(options.dataset):  # a directory may have moved, scenes are what their name says
         content["scenes"] = options.dataset
     # Only what is unusual: earlier states, which know nothing of it, can be resumed if their images stay the same.

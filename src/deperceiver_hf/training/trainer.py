@@ -29,11 +29,12 @@ from .feature_cache import FeatureCache
 from .interruption import StopRequest
 from .model_card import CARD_FILE, make_card_of_run
 from .optimization import create_optimizer, create_scheduler, learning_rates
+from .processes import main_process_first
 from .recipes import write_options
 from .reporting import TrainingLog, TrainingResult
 from .run_directory import RunDirectory
 from .schedule import RunSchedule
-from .setup import TrainingData, create_accelerator, main_process_first, make_fingerprint
+from .setup import TrainingData, create_accelerator, make_fingerprint
 
 logger = get_logger(__name__)
 
@@ -62,7 +63,7 @@ class DetectionTrainer:
         self.run_directory = RunDirectory(options.directory)
         self.accelerator = create_accelerator(options)
         self.state = main_process_first(self.accelerator, self._find_state)
-        self.data = TrainingData.load(options, self.accelerator)
+        self.data = TrainingData.load(options, self.accelerator, self.state)
         self.schedule = RunSchedule(options, batches_per_epoch=len(self.data.sampler))
         self._time_used = 0.0  # of `max_minutes`, agreed on by all processes in every step
         self._grad_norm: torch.Tensor | None = None  # of the last step, before clipping
@@ -133,6 +134,7 @@ class DetectionTrainer:
         if self.accelerator.is_main_process:
             self._clear_directory()
             write_options(self.run_directory.options, self.options)
+            self.data.splits.write(self.run_directory)
         self.log = TrainingLog(self.accelerator, self.run_directory.log, resumed_from)
 
     def _clear_directory(self) -> None:

@@ -40,6 +40,10 @@ LOADING_KINDS = {
         "categories begins with; until then objects have the name of the class beside.",
     ),
     "invalid_annotation": Kind("error", _MEND),
+    "invalid_annotation_file": Kind("error", "Replace these files; until then their images are left out."),
+    "image_without_annotations": Kind(
+        "warning", "Annotate these images (a file without objects says that there are none), or leave them out."
+    ),
     "invalid_box": Kind("error", _MEND),
     "unturned_boxes": Kind(
         "error",

@@ -6,14 +6,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ...errors import FOREIGN_USER_ERRORS, one_line
-from ...output_files import expand_home
+from ...output_files import as_path
 from ..plausibility import ImplausibleBoxesError
 from ..records import ISSUES, DetectionData, LoadingReport, MissingSplitError
-from ..sources import load_detection_data
+from ..sources import load_detection_data, split_options
 from .findings import Example, Finding
 from .objects import ObjectTable
 
@@ -36,10 +35,10 @@ class LoadedSplits:
 def load_splits(
     dataset: str,
     train: str,
-    evaluation: str,
+    evaluation: str | None,
     others: tuple[str, ...] = (),
     *,
-    max_samples: Mapping[str, int | None] | None = None,
+    of_split: Mapping[str, Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> LoadedSplits:
     """Load the splits of a data set; what stops a loader becomes a finding.
@@ -47,18 +46,19 @@ def load_splits(
     Args:
         dataset: As [`load_detection_data`] takes it.
         train: The split to train on.
-        evaluation: The split to evaluate on.
+        evaluation: The split to evaluate on; `None` if there need not be one.
         others: More that are looked at if they are there.
-        max_samples: By the name of a split, how many of its first images are looked at; by default all.
-        options: Of [`load_detection_data`].
+        of_split: By the name of a split, arguments of [`load_detection_data`] for it alone, also `dataset`.
+        options: Of [`load_detection_data`] for all.
 
     Raises:
         OSError: There is no such data set, or nothing of it can be read.
         ValueError: Its name or the options make no sense.
     """
     loaded = LoadedSplits()
-    for split in dict.fromkeys((train, evaluation, *others)):
-        load = partial(load_detection_data, dataset, split, max_samples=(max_samples or {}).get(split))
+    for split in dict.fromkeys((train, *filter(None, (evaluation,)), *others)):
+        own = {"dataset": dataset, **(of_split or {}).get(split, {})}
+        load = partial(load_detection_data, split=split, **own)
         try:
             with _silent_loading():
                 data = _load(load, split, options, loaded)
@@ -70,7 +70,7 @@ def load_splits(
                 loaded.findings.append(Finding("no_validation", split, what))
             continue
         except FOREIGN_USER_ERRORS as error:
-            if not _has_files(dataset):
+            if not _has_files(own["dataset"]):
                 raise
             if split != train and any(f.what == one_line(error) and f.split == train for f in loaded.findings):
                 raise  # it is not the split, but all of it
@@ -106,7 +106,7 @@ def _load(load: partial[DetectionData], split: str, options: dict[str, Any], loa
 
 def _has_files(dataset: str) -> bool:
     """Whether a data set is a file, or a directory that is not empty."""
-    path = Path(expand_home(dataset.rpartition(":")[0] if "=" in dataset.rpartition(":")[2] else dataset))
+    path = as_path(split_options(dataset)[0])
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 

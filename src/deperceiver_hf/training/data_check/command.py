@@ -6,6 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -36,7 +37,8 @@ logger = logging.get_logger(__name__)
 OF_THE_MODEL = (*ModelOptions.facts(), "shortest_edge", "longest_edge", "fixed_size")
 # Options that say how the data are read, which the recommended command repeats.
 OF_THE_DATA = (
-    *("dataset", "train_split", "eval_split", "box_format"),
+    *("dataset", "annotations", "images", "val_annotations", "val_images", "format", "box_format"),
+    *("train_split", "eval_split", "val_fraction", "val_seed", "train_list", "val_list"),
     *("max_image_pixels", "max_train_samples", "max_eval_samples"),
 )
 OTHER_SPLIT = "test"
@@ -68,6 +70,11 @@ class DataCheckJob:
     quick: bool
     page: Path | None
 
+    @property
+    def dataset(self) -> str:
+        """What it is called."""
+        return self.options.annotations or self.options.dataset
+
     def run(self) -> DataReport:
         """Load, check, recommend, and write the page.
 
@@ -78,13 +85,23 @@ class DataCheckJob:
         options = self.options
         limit_pixels(options.max_image_pixels)
         train, evaluation = options.train_split, options.eval_split
-        others = () if is_synthetic(options.dataset) else (OTHER_SPLIT,)
+        apart = options.annotations is not None
+        of_split: dict[str, dict[str, Any]] = {
+            evaluation: {"max_samples": options.max_eval_samples},
+            train: {"max_samples": None if options.divides_a_split else options.max_train_samples},
+        }
+        if apart:
+            of_split[train] |= {"dataset": options.annotations, "images": options.images, "alone": True}
+        if options.val_annotations is not None:
+            of_split[evaluation] |= {"dataset": options.val_annotations, "images": options.val_images, "alone": True}
+        has_own_split = not options.divides_a_split and (not apart or options.val_annotations is not None)
         loaded = load_splits(
             options.dataset,
             train,
-            evaluation,
-            others,
-            max_samples={evaluation: options.max_eval_samples, train: options.max_train_samples},
+            evaluation if has_own_split else None,
+            () if apart or is_synthetic(options.dataset) else (OTHER_SPLIT,),
+            of_split=of_split,
+            format=options.format,
             bbox_format=options.box_format,
         )
         tables, findings = loaded.tables, loaded.findings
@@ -98,7 +115,7 @@ class DataCheckJob:
             findings += check_pictures(tables)
             findings += unlisted_images(tables)
         report = DataReport(
-            dataset=options.dataset,
+            dataset=self.dataset,
             tables=tables,
             findings=findings,
             trained=trained,
@@ -124,16 +141,17 @@ class DataCheckJob:
         if train not in tables or not len(tables[train].ordinary):
             return None
         device = find_device()
-        given = {name: getattr(self.options, name) for name in ("dataset", *self.options.given(OF_THE_DATA[1:]))}
+        named = () if self.options.annotations is not None else ("dataset",)
+        given = {name: getattr(self.options, name) for name in (*named, *self.options.given(OF_THE_DATA[1:]))}
         if box_format is not None:
             given["box_format"] = box_format
         recipe = RECIPES["cpu" if device.type == "cpu" else "cuda"]
         return recommend(
             tables[train],
-            given | {"output_dir": f"outputs/{_name_of(self.options.dataset)}"},
+            given | {"output_dir": f"outputs/{_name_of(self.dataset)}"},
             _trained_size(recipe_options(recipe)),
             device,
-            has_validation=self.options.eval_split in tables,
+            has_validation=self.options.divides_a_split or self.options.eval_split in tables,
         )
 
     def _recommendation(self, choice: Choice, table: ObjectTable) -> Recommendation:
@@ -166,7 +184,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.usage = "%(prog)s DATASET [--report DIR] [--quick] [options of `deperceiver train`]"
     parser.epilog = EXAMPLE
-    parser.add_argument("data", metavar="DATASET", help="As `deperceiver train --dataset` takes it.")
+    parser.add_argument(
+        "data",
+        metavar="DATASET",
+        nargs="?",
+        help="As `deperceiver train --dataset` takes it; or --annotations FILE --images DIR instead, as there.",
+    )
     parser.add_argument("--report", metavar="DIR", help="Write a page with pictures there, index.html.")
     parser.add_argument(
         "--quick", action="store_true", help="Do not look at pixels, and measure no time: a second or less."
@@ -189,8 +212,11 @@ def prepare(arguments: argparse.Namespace) -> DataCheckJob:
     """The data set with the options of its training; raises what [`TrainingOptions`] and [`check_page`] raise."""
     values = dict(vars(arguments))
     report, quick, recipe = (values.pop(name) for name in ("report", "quick", "recipe"))
-    values["dataset"] = values.pop("data")
     defaults = TrainingOptions.defaults()
+    data = values.pop("data")
+    if (data is None) == (values["annotations"] is None):
+        raise UserError("give a data set to look over, as DATASET or by --annotations.")
+    values["dataset"] = defaults["dataset"] if data is None else data
     return DataCheckJob(
         options=TrainingOptions(**values),
         options_are_given=recipe is not None or any(values[name] != defaults[name] for name in OF_THE_MODEL),

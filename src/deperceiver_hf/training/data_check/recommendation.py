@@ -19,6 +19,7 @@ LARGEST = {"cpu": 640, "cuda": 1024}  # shortest edge in pixels
 STEPS = {"cpu": 4_000, "cuda": 10_000}  # of an optimizer, that a training is worth
 SIZE_STEP = 64
 MOST_EPOCHS = 300
+VAL_FRACTION = 0.1  # of the images, where there are no others to evaluate on
 QUERIES_STEP, MOST_QUERIES = 50, 1_000
 ROOM = 1.1  # queries for each object of the fullest image
 CACHE_SHARE = 0.25  # of the memory, that decoded images may take
@@ -103,12 +104,10 @@ def recommend(
 
     if has_validation:
         overrides |= _unless_equal(values, {"eval_every": min(epochs, max(1, epochs // 10))})
-    elif "val_fraction" in TrainingOptions.facts():
-        overrides["val_fraction"] = 0.1
-        reasons.append("A tenth of the images is held back for evaluation, since there is no split for it.")
     else:
-        overrides["eval_every"] = 0
-        reasons.append("Nothing is evaluated, since there is no split for it.")
+        overrides.pop("eval_split", None)
+        overrides["val_fraction"] = VAL_FRACTION
+        reasons.append(f"{VAL_FRACTION:.0%} of the images are held back for evaluation: there is no split for it.")
     return Choice(recipe, overrides, tuple(reasons))
 
 
