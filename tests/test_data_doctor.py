@@ -364,3 +364,8 @@ def test_the_quick_part_takes_a_second_of_ten_thousand_images(clean):
     findings = quick_check({"train": table}, "train", "val", TRAINED)
     assert time.perf_counter() - begin < 5
     assert [finding.name for finding in findings] == ["repeated_file"]
+
+
+def test_documentation_names_every_kind_of_finding():
+    text = (Path(__file__).parents[1] / "docs/data_check.md").read_text(encoding="utf-8")
+    assert [name for name in KINDS if f"`{name}`" not in text] == []

@@ -82,7 +82,8 @@ KINDS = LOADING_KINDS | {
     ),
     "unreadable_pixels": Kind("error", "Replace these files, or remove their entries; training would leave them out."),
     "no_validation": Kind(
-        "warning", "Name another --eval_split, hold images back for it, or train with --eval_every 0."
+        "warning",
+        "Name another --eval_split, hold images back by --val_fraction 0.1, or train with --eval_every 0.",
     ),
     "few_validation_images": Kind("note", "AP of so few images says little; hold more of them back."),
     "near_split_leak": Kind("warning", "Look at the pairs in the report. Put pictures of one scene into one split."),

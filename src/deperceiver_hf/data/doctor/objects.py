@@ -355,7 +355,7 @@ def _repeated_boxes(table: ObjectTable) -> list[Finding]:
     if same_class.any():
         copies = np.sort(objects[again[same_class]])
         found.append(
-            table.finding("duplicate_boxes", f"{len(copies)} objects are there twice, box and class.", copies)
+            table.finding("duplicate_boxes", f"Objects that are there twice, box and class: {len(copies)}.", copies)
         )
     if not same_class.all():
         pairs = again[~same_class]
@@ -367,7 +367,7 @@ def _repeated_boxes(table: ObjectTable) -> list[Finding]:
             )
             for place in pairs[:MOST_EXAMPLES]
         )
-        what = f"{len(pairs)} boxes have two classes."
+        what = f"Boxes that have two classes: {len(pairs)}."
         found.append(Finding("contradicting_classes", table.split, what, len(pairs), examples))
     return found
 

@@ -89,7 +89,7 @@ def _page(report: DataReport) -> Iterator[str]:
 def _figures(report: DataReport) -> Iterator[str]:
     counts = report.counts
     listed = (f"{count} {severity}{'s' * (count != 1)}" for severity, count in counts.items())
-    yield f"<p>{', '.join(listed)}"
+    yield f"<p>{_text(report.recognised)}</p>\n<p>{', '.join(listed)}"
     yield " (pixels were not looked at).</p>\n" if report.quick else ".</p>\n"
     head = ("split", "images", "without objects", "objects", "crowds", "objects an image: median", "99 %", "most")
     rows = []
@@ -149,7 +149,8 @@ def _findings(report: DataReport, album: "_Album") -> Iterator[str]:
 def _recommendation(report: DataReport) -> Iterator[str]:
     if (recommended := report.recommendation) is None:
         return
-    yield f"<h2>Recommended</h2>\n<pre>{_text(recommended.command)}</pre>\n<ul>"
+    first = ", once the errors are mended" if report.exit_code else ""
+    yield f"<h2>Recommended{first}</h2>\n<pre>{_text(recommended.command)}</pre>\n<ul>"
     yield from (f"<li>{_text(sentence)}</li>" for sentence in (*recommended.reasons, recommended.time) if sentence)
     yield "</ul>\n"
 

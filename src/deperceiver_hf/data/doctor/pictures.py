@@ -75,7 +75,7 @@ def _unreadable(table: ObjectTable, hashes: ImageHashes) -> list[Finding]:
         except UnreadableImageError as error:
             reason = str(error.__cause__ or error)
         examples.append(Example(table.files[row], None, reason, table.split))
-    what = f"The pixels of {len(rows)} images cannot be read, though their headers can."
+    what = f"Images whose headers can be read, and whose pixels cannot: {len(rows)}."
     return [Finding("unreadable_pixels", table.split, what, len(rows), tuple(examples))]
 
 
@@ -87,7 +87,7 @@ def _plain(table: ObjectTable, hashes: ImageHashes) -> list[Finding]:
     plain = [row for row in suspects if _has_one_colour(table.stored_image(row), table.files[row])]
     if not plain:
         return []
-    return [table.finding("plain_images", f"{len(plain)} images have one colour and nothing else.", images=plain)]
+    return [table.finding("plain_images", f"Images of one colour and nothing else: {len(plain)}.", images=plain)]
 
 
 def _has_one_colour(image: Any, name: str) -> bool:
@@ -104,7 +104,7 @@ def _turned(table: ObjectTable) -> list[Finding]:
         turned += [start + row for row, header in enumerate(headers) if getattr(header, "orientation", 1) != 1]
     if not turned:
         return []
-    what = f"{len(turned)} images are turned or mirrored by EXIF; boxes are taken for those of the turned image."
+    what = f"Images that EXIF turns or mirrors: {len(turned)}. Boxes are taken for those of the turned image."
     return [table.finding("turned_by_exif", what, images=turned)]
 
 

@@ -76,6 +76,11 @@ class DataReport:
         """How many findings of each severity."""
         return {severity: sum(f.severity == severity for f in self.findings) for severity in SEVERITIES}
 
+    @property
+    def recognised(self) -> str:
+        """The format of the files and what it was recognised by; empty where there are none."""
+        return next((table.data.report.recognised for table in self.tables.values()), "")
+
     def class_rows(self) -> list[tuple[str, list[int], list[int]]]:
         """Of each class its name, and its objects and its images in each split."""
         names = dict.fromkeys(name for table in self.tables.values() for name in table.label_names)
@@ -113,6 +118,7 @@ class DataReport:
         """For JSON: figures by split, classes, findings and the recommendation."""
         return {
             "dataset": self.dataset,
+            "recognised": self.recognised or None,
             "splits": {name: self.split_statistics(table) for name, table in self.tables.items()},
             "classes": {
                 name: {
@@ -157,7 +163,7 @@ class DataReport:
                     *(f"{n[k]:g}" for k in ("50%", "99%", "max")),
                 )
             )
-        return f"{self.dataset}\n{_columns(rows)}"
+        return f"{self.dataset}{f': {self.recognised}' if self.recognised else ''}\n{_columns(rows)}"
 
     def _classes(self) -> str:
         if not self.tables:
@@ -202,7 +208,8 @@ class DataReport:
     def _recommendation(self) -> str:
         if self.recommendation is None:
             return ""
-        lines = ["Recommended:", f"  {self.recommendation.command}"]
+        first = ", once the errors are mended" if self.exit_code else ""
+        lines = [f"Recommended{first}:", f"  {self.recommendation.command}"]
         for sentence in (*self.recommendation.reasons, self.recommendation.time):
             lines += _wrapped(sentence) if sentence else []
         return "\n".join(lines)

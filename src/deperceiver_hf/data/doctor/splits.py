@@ -32,7 +32,7 @@ def _listed_twice(table: ObjectTable) -> list[Finding]:
     again = [row for group in rows.values() for row in group[1:]]
     if not again:
         return []
-    what = f"{len(again)} images are files that other images of the list are, too."
+    what = f"Images that are the files of other images of the list: {len(again)}."
     return [table.finding("repeated_file", what, images=again)]
 
 
@@ -50,7 +50,7 @@ def _same_files(tables: Mapping[str, ObjectTable], train: str) -> list[Finding]:
             if other != name:
                 shared[other].append(row)
         for other, rows in shared.items():
-            what = f"{len(rows)} of {table.num_images} images of {name} are in {other}, too: the same files."
+            what = f"Images of {name} that are in {other}, too, the same files: {len(rows)} of {table.num_images}."
             found.append(table.finding("split_leak", what, images=rows))
     return found
 
@@ -104,6 +104,6 @@ def unlisted_images(tables: Mapping[str, ObjectTable]) -> list[Finding]:
         unlisted += sorted(set(names) - listed)
     if not unlisted:
         return []
-    what = f"{len(unlisted)} image files lie beside those of the data set and are not in its annotations."
+    what = f"Image files that lie beside those of the data set and are not in its annotations: {len(unlisted)}."
     examples = tuple(Example(path) for path in unlisted[:MOST_EXAMPLES])
     return [Finding("unlisted_images", "", what, len(unlisted), examples)]

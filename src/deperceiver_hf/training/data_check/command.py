@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...data.doctor.findings import Finding
 from ...data.doctor.loading import load_splits
 from ...data.doctor.objects import ObjectTable, TrainedSize
 from ...data.doctor.page import check_page, write_page
@@ -105,6 +106,9 @@ class DataCheckJob:
             bbox_format=options.box_format,
         )
         tables, findings = loaded.tables, loaded.findings
+        if not has_own_split and not options.divides_a_split:
+            what = "There are no --val_annotations to evaluate on."
+            findings.append(Finding("no_validation", evaluation, what))
         choice = self._choose(tables, loaded.box_format)
         decisive = options if self.options_are_given or choice is None else choice.options
         trained = _trained_size(decisive)

@@ -2,6 +2,7 @@
 """How long a training will take here: a few of its steps, measured."""
 
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 
 from ...data import DetectionCollator, DetectionData, DetectionDataset
-from ...machine import choose_precision, device_name, find_device
+from ...machine import choose_precision, choose_threads, device_name, fastest_attention, find_device
 from ..arguments import TrainingOptions
 from ..building import build_model, training_mode
+from ..computation import attention_shape
 from ..optimization import create_optimizer
 
 MEASURED_STEPS = 3
@@ -70,10 +72,20 @@ def measure_step(options: TrainingOptions, data: DetectionData, image_processor:
         RuntimeError: The memory is not enough, among others.
     """
     device = find_device()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(choose_threads(device))  # as a run does: more of them are slower where cores are busy
+    try:
+        return _measure(options, data, image_processor, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(options: TrainingOptions, data: DetectionData, image_processor: Any, device: torch.device) -> StepTime:
     precision = choose_precision(options.precision, device)
-    random_state = torch.random.get_rng_state()
     model = build_model(options, data.label_names, load_pretrained_backbone=False).to(device)
-    torch.random.set_rng_state(random_state)
+    if options.attn_implementation in (None, "auto"):
+        shape = attention_shape(options, model.config)
+        model.set_attn_implementation(fastest_attention(shape, precision.dtype, device))
     training_mode(model)
     optimizer = create_optimizer(model, options)
     dataset = DetectionDataset(data, on_bad_image="skip", max_image_pixels=options.max_image_pixels)
@@ -99,11 +111,10 @@ def measure_step(options: TrainingOptions, data: DetectionData, image_processor:
         computing.append(time.perf_counter() - clock)
         if number and time.perf_counter() - begin > ENOUGH_SECONDS:
             break
-    measured = computing[1:]
     return StepTime(
-        step=sum(measured) / len(measured),
-        loading=sum(loading[1:]) / len(measured),
-        steps=len(measured),
+        step=statistics.median(computing[1:]),
+        loading=statistics.median(loading[1:]),
+        steps=len(computing) - 1,
         device=device_name(device),
         precision={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision.name],
     )
