@@ -105,7 +105,7 @@ def test_a_group_names_its_commands(capsys):
         assert printed.startswith(f"usage: deperceiver {group} ")
         names = [name.split()[1] for name in COMMANDS if name.split()[0] == group]
         assert names
-        assert all(f"\n  {name} " in printed for name in names)
+        assert all(f"\n    {name} " in printed for name in names)
 
 
 @pytest.mark.parametrize(
