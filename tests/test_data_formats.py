@@ -234,7 +234,7 @@ def test_layouts_without_settings(tmp_path, where):
     text(tmp_path / labels / "A.txt", "2 0.5 0.5 0.25 0.5\n")
     data = load_detection_data(tmp_path, "train")
     assert data.label_names == ["class_0", "class_1", "class_2"]
-    assert "No file names the classes" in data.report.remarks[0]
+    assert "no names of classes, as classes.txt would give them" in data.report.recognised
     text(tmp_path / "classes.txt", "cat\ndog\nmouse\n")
     data = load_detection_data(tmp_path, "train", strict=True)
     assert (data.label_names, records(data)[0][3]) == (["cat", "dog", "mouse"], [(2, 24, 12, 16, 24)])
@@ -480,6 +480,9 @@ def test_a_group_of_roboflow_that_has_objects_is_a_class(copies, tmp_path):
     content["annotations"][0]["category_id"] = 0
     file.write_text(json.dumps(content))
     assert load_detection_data(tmp_path / "data", "train").label_names == ["animals", *NAMES]
+    left_out = load_detection_data(copies["roboflow"], "train").report
+    assert "without the group 'animals'" in left_out.recognised
+    assert not left_out.remarks
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names that Windows does not take")

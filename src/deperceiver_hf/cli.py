@@ -152,6 +152,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _shown_log() -> Iterator[None]:
     """Within, what the package logs is seen on stderr. Libraries show their own; a handler for all would repeat it."""
     logger, handler = logging.getLogger(__package__), logging.StreamHandler()
+    level = logger.level
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -159,6 +160,7 @@ def _shown_log() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _parse(name: str, module: ModuleType, arguments: list[str]) -> argparse.Namespace:

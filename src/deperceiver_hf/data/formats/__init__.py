@@ -128,7 +128,9 @@ def data_directory(root: Path) -> Path:
         if described or len(folders) != 1 or folders[0].name.lower() in _NEVER_A_DATA_SET:
             break
         inner = folders[0]
-    return inner if inner != root and recognised_formats(inner) else root
+    # `datasets` looks for what describes its tables in the directory above them.
+    found = recognised_formats(inner).keys() - (set() if is_saved(inner) else {"datasets"})
+    return inner if found else root
 
 
 __all__ = [

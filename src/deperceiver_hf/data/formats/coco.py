@@ -59,6 +59,12 @@ class CocoSplit:
     image_directories: list[Path]
     usual: list[Path]
 
+    @property
+    def name_of_file(self) -> str:
+        """The annotation file, relative to the data directory if it is there."""
+        within = self.annotation_file.is_relative_to(self.root)
+        return str(self.annotation_file.relative_to(self.root) if within else self.annotation_file)
+
 
 def read(request: Request) -> AnnotatedImages:
     """A split of a directory in COCO's layout, or of an annotation file.
@@ -79,7 +85,10 @@ def read(request: Request) -> AnnotatedImages:
         place = find_coco_split(request.path, request.split)
     report = LoadingReport(f"{place.root.name}/{request.split} ({place.annotation_file})")
     content = _read_annotation_file(place.annotation_file, report)
-    categories = _without_supercategory(content["categories"], content["annotations"], report)
+    categories = _without_supercategory(content["categories"], content["annotations"])
+    left_out = (
+        "" if categories is content["categories"] else f", without the group {content['categories'][0]['name']!r}"
+    )
     category_ids, label_names = _read_categories(categories, place.annotation_file, report)
     entries = _read_image_entries(content["images"], report)
     own_ids = [entry["id"] for entry in entries]
@@ -94,9 +103,7 @@ def read(request: Request) -> AnnotatedImages:
         ids=own_ids,
         sizes=[entry["size"] for entry in entries],
         usual=place.usual,
-        evidence=str(place.annotation_file.relative_to(place.root))
-        if place.annotation_file.is_relative_to(place.root)
-        else str(place.annotation_file),
+        evidence=f"{place.name_of_file}{left_out}",
     )
 
 
@@ -317,7 +324,7 @@ def _of_another_kind(content: dict) -> str:
     return ""
 
 
-def _without_supercategory(categories: list, annotations: list, report: LoadingReport) -> list:
+def _without_supercategory(categories: list, annotations: list) -> list:
     """The categories but for one that Roboflow lists as the first and names all others' supercategory after, and that
     no object has; exports of the same data in other formats do not have it."""
     listed = [category for category in categories if isinstance(category, dict)]
@@ -328,7 +335,6 @@ def _without_supercategory(categories: list, annotations: list, report: LoadingR
         or any(isinstance(one, dict) and one.get("category_id") == first.get("id") for one in annotations)
     ):
         return categories
-    report.remarks.append(f"The category {first.get('name')!r} is the group of the others, and left out.")
     return listed[1:]
 
 

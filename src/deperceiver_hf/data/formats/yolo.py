@@ -108,11 +108,12 @@ def read(request: Request) -> AnnotatedImages:
             f"would be {_label_places(top / files[0], top)[0]}, or beside the image."
         )
     rows.refuse_rotated()
+    evidence = f"{settings.file.name if settings.file else 'no data.yaml'}, {sum(map(bool, found))} text files"
     names = settings.names or _names_in_files(root)
     if names is None:
         numbers = result.label if request.images is not None else _all_numbers(root)
         names = [f"class_{number}" for number in range(max([*numbers, *result.label], default=0) + 1)]
-        report.remarks.append(f"No file names the classes ({NAME_FILES[0]} would): they are called {names[0]}, ...")
+        evidence += f", no names of classes, as {NAME_FILES[0]} would give them"
     return AnnotatedImages(
         report=report,
         root=top,
@@ -121,7 +122,7 @@ def read(request: Request) -> AnnotatedImages:
         label_names=names,
         annotations=_with_known_labels(result, len(names), report),
         box_format="cxcywh_relative",
-        evidence=f"{settings.file.name if settings.file else 'no data.yaml'}, {sum(map(bool, found))} text files",
+        evidence=evidence,
     )
 
 
