@@ -327,6 +327,15 @@ def test_examples_name_file_and_box(files):
     assert example.file in str(example)
 
 
+def test_examples_of_what_loading_left_out_name_the_file(files):
+    for entry in files.objects[:7]:
+        entry["bbox"] = [5, 5, 0, 9]
+    files.write()
+    (found,) = examine(files.root)
+    assert (found.name, found.count, len(found.examples)) == ("empty_box", 7, 5)
+    assert found.examples[3].text.startswith(f"{files.image(1)}, image_id 1, annotation id 3, bbox [5, 5, 0, 9]")
+
+
 def test_what_is_in_another_format_is_looked_at_all_the_same(files):
     _set_boxes(files, _relative)
     files.objects.append(files.objects[4] | {"id": 1000})

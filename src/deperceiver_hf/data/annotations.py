@@ -12,7 +12,7 @@ from .boxes import BoxFormat
 from .fields import INT64, Id, as_boxes, as_integer, as_number, as_truth
 from .images import ImageHeader, UnreadableImageError, seen_sizes
 from .plausibility import check_box_format, drawn_before_turning, made_smaller_or_larger
-from .records import BORDER_TOLERANCE, LoadingReport
+from .records import BORDER_TOLERANCE, MOST_CASES, LoadingReport
 
 MOST_PIXELS = 2**31  # of a side: more is no size
 
@@ -121,7 +121,7 @@ def assemble(
             area if area is None or factor == 1 else as_number(area) * factor
             for area, factor in zip(annotations.area, factors, strict=True)
         ]
-    return kept, record_columns(images.ids[kept], sizes, annotations, report, boxes, images.own_ids)
+    return kept, record_columns(images.ids[kept], sizes, annotations, report, boxes, images.own_ids, names)
 
 
 def _boxes_as_seen(
@@ -165,6 +165,7 @@ def record_columns(
     report: LoadingReport,
     boxes: np.ndarray | None = None,  # (M, 4) xywh in pixels, if not those of the annotations
     own_ids: Mapping[int, Id] | None = None,  # of images, for messages
+    names: Sequence[str] | None = None,  # (N,) of images, for messages
 ) -> dict[str, pa.Array]:
     """Check the annotations and arrange them as the columns of `DETECTION_FEATURES`, but for the image."""
     image_index = np.asarray(annotations.image_index, dtype=np.int64)
@@ -173,13 +174,17 @@ def record_columns(
     def describe(position: int) -> str:
         image_id = int(image_ids[image_index[position]])
         own_id, box = (own_ids or {}).get(image_id, image_id), annotations.bbox[position]
-        return f"image_id {own_id}, annotation id {annotations.id[position]}, bbox {str(box)[:100]}"
+        name = "" if names is None else str(names[image_index[position]])
+        file = f"{name}, " if name and not name.startswith("image_id") else ""
+        return f"{file}image_id {own_id}, annotation id {annotations.id[position]}, bbox {str(box)[:100]}"
 
     def note(issue: str, flags: np.ndarray, of: str | None = None) -> None:
         if flags.any():
-            position = int(flags.argmax())
-            value = "" if of is None else f", {of} {str(getattr(annotations, of)[position])[:100]}"
-            report.add(issue, f"{describe(position)}{value}", int(flags.sum()))
+            cases = []
+            for position in np.flatnonzero(flags)[:MOST_CASES].tolist():
+                value = "" if of is None else f", {of} {str(getattr(annotations, of)[position])[:100]}"
+                cases.append(f"{describe(position)}{value}")
+            report.add(issue, cases[0], int(flags.sum()), cases[1:])
 
     width, height = sizes[image_index].astype(np.float64).T
     finite = np.isfinite(boxes).all(axis=1)

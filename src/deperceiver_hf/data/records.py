@@ -2,7 +2,7 @@
 """The schema of a detection record, the data set that holds them, and the report of what was repaired on the way."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed
@@ -72,6 +72,9 @@ ISSUES = {
 
 _LACKING_IMAGES = ("missing_image_file", "unreadable_image", "outside_image_file")
 
+MOST_CASES = 5
+"""Of an issue, that a report describes."""
+
 BORDER_TOLERANCE = 1.0
 """Pixels by which a box may pass the border before its clipping counts as a repair (annotations are often rounded)."""
 
@@ -90,6 +93,7 @@ class LoadingReport:
         source: what was loaded, for the messages.
         counts: number of cases for each key of `ISSUES` that occurred.
         examples: the first case of each, in words.
+        cases: the first cases of each, at most `MOST_CASES`.
         remarks: what looks wrong with the data as a whole and was left as it is.
         recognised: the format of the files and what it was recognised by.
         num_images, num_objects, num_crowds, num_empty_images: what the loaded data set holds; empty images are kept.
@@ -98,6 +102,7 @@ class LoadingReport:
     source: str
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    cases: dict[str, list[str]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     recognised: str = ""
     num_images: int = 0
@@ -105,12 +110,22 @@ class LoadingReport:
     num_crowds: int = 0
     num_empty_images: int = 0
 
-    def add(self, issue: str, example: str, count: int = 1) -> None:
+    def add(self, issue: str, example: str, count: int = 1, more: Sequence[str] = ()) -> None:
+        """Count cases of an issue.
+
+        Args:
+            issue: key of `ISSUES`.
+            example: one of them, in words.
+            count: how many they are.
+            more: others of them.
+        """
         if issue not in ISSUES:
             raise KeyError(f"{issue!r} is not one of {sorted(ISSUES)}")
         if count:
             self.counts[issue] = self.counts.get(issue, 0) + count
             self.examples.setdefault(issue, as_text(example))
+            cases = self.cases.setdefault(issue, [])
+            cases += map(as_text, [example, *more][: MOST_CASES - len(cases)])
 
     def summary(self) -> str:
         """The issues, one a line, with an example each; empty when there were none."""

@@ -86,8 +86,8 @@ def loading_findings(report: LoadingReport, split: str) -> list[Finding]:
     """What a loader left out or repaired, and its remarks."""
     found = []
     for name, count in report.counts.items():
-        example = Example(text=report.examples[name], split=split)
-        found.append(Finding(name, split, f"{count} {ISSUES[name]}.", count, (example,)))
+        examples = tuple(Example(text=case, split=split) for case in report.cases[name])
+        found.append(Finding(name, split, f"{count} {ISSUES[name]}.", count, examples))
     return [*found, *(Finding("doubtful_boxes", split, remark) for remark in report.remarks)]
 
 
