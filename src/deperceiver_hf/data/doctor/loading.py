@@ -24,7 +24,7 @@ class LoadedSplits:
     Attributes:
         tables: By the name of the split; those with images.
         findings: What loading says, and why the others could not be loaded.
-        box_format: In which boxes are read, since they are plainly not in the one that was asked for.
+        box_format: In which those to train on are read, since they are plainly not in the one that was asked for.
     """
 
     tables: dict[str, ObjectTable] = field(default_factory=dict)
@@ -61,7 +61,7 @@ def load_splits(
         load = partial(load_detection_data, split=split, **own)
         try:
             with _silent_loading():
-                data = _load(load, split, options, loaded)
+                data, box_format = _load(load, split, options, loaded.findings)
         except MissingSplitError as error:
             if split == train:
                 loaded.findings.append(Finding("cannot_be_loaded", split, one_line(error)))
@@ -77,6 +77,8 @@ def load_splits(
             name = "resized_images" if isinstance(error, ImplausibleBoxesError) else "cannot_be_loaded"
             loaded.findings.append(Finding(name, split, one_line(error)))
             continue
+        if split == train:
+            loaded.box_format = box_format
         loaded.tables[split] = ObjectTable.of(data, split)
         loaded.findings += loading_findings(data.report, split)
     return loaded
@@ -91,17 +93,19 @@ def loading_findings(report: LoadingReport, split: str) -> list[Finding]:
     return [*found, *(Finding("doubtful_boxes", split, remark) for remark in report.remarks)]
 
 
-def _load(load: partial[DetectionData], split: str, options: dict[str, Any], loaded: LoadedSplits) -> DetectionData:
-    """The data; if their boxes are plainly in another format, read as that, which `loaded` is told."""
+def _load(
+    load: partial[DetectionData], split: str, options: dict[str, Any], findings: list[Finding]
+) -> tuple[DetectionData, str | None]:
+    """The data; if their boxes are plainly in another format, read as that, with its name."""
     try:
-        return load(**options)
+        return load(**options), None
     except ImplausibleBoxesError as error:
         if not error.formats:
             raise
-        loaded.box_format = error.formats[0]
-        what = f"{one_line(error)} All that follows reads them as {loaded.box_format}."
-        loaded.findings.append(Finding("box_format", split, what))
-        return load(**options | {"bbox_format": loaded.box_format})
+        fitting = error.formats[0]
+        what = f"{one_line(error)} All that follows reads them as {fitting}."
+        findings.append(Finding("box_format", split, what))
+        return load(**options | {"bbox_format": fitting}), fitting
 
 
 def _has_files(dataset: str) -> bool:

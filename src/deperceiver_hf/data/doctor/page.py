@@ -118,10 +118,15 @@ def _figures(report: DataReport) -> Iterator[str]:
         edges = np.arange(0, most + 1 + width, width)
         yield _histogram(table.per_image, edges, f"{name}: objects in an image", report.trained.num_queries)
     yield "</div>\n"
-    stride = "" if report.trained.stride is None else f" The red line is a cell of {report.trained.stride} pixels."
+    marks = []
+    if report.trained.stride is not None:
+        marks.append(f"a cell of {report.trained.stride} pixels")
+    if report.trained.num_queries is not None:
+        marks.append(f"the {report.trained.num_queries} queries of the model")
+    red = f" Red lines, where they are within a figure: {' and '.join(marks)}." if marks else ""
     yield (
         f"<p>Sides (square roots of areas) are those of images resized to {_text(describe_size(report.trained.size))} "
-        f"({_text(report.trained_by)}).{stride}</p>\n"
+        f"({_text(report.trained_by)}).{red}</p>\n"
     )
 
 
