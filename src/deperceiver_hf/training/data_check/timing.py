@@ -2,9 +2,10 @@
 """How long a training will take here: a few of its steps, measured."""
 
 import math
+import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class StepTime:
         steps: How many were measured.
         device: Name of what computes.
         precision: What it computes in.
+        busy: A sentence where other programs share the cores.
     """
 
     step: float
@@ -37,6 +39,7 @@ class StepTime:
     steps: int
     device: str
     precision: str
+    busy: str = ""
 
     def minutes(self, options: TrainingOptions, num_images: int) -> float:
         """Minutes of a run without its evaluations."""
@@ -56,7 +59,7 @@ class StepTime:
         return (
             f"About {_in_words(self.minutes(options, num_images))} on this machine, evaluations left out: an estimate "
             f"from {self.steps} steps on {self.device} ({self.precision}), {self.step:.2f} s each and "
-            f"{self.loading:.2f} s to load the {options.batch_size} images."
+            f"{self.loading:.2f} s to load the {options.batch_size} images.{self.busy}"
         )
 
 
@@ -71,11 +74,11 @@ def measure_step(options: TrainingOptions, data: DetectionData, image_processor:
     Raises:
         RuntimeError: The memory is not enough, among others.
     """
-    device = find_device()
+    device, busy = find_device(), _busy()
     threads = torch.get_num_threads()
     torch.set_num_threads(choose_threads(device))  # as a run does: more of them are slower where cores are busy
     try:
-        return _measure(options, data, image_processor, device)
+        return replace(_measure(options, data, image_processor, device), busy=busy)
     finally:
         torch.set_num_threads(threads)
 
@@ -118,6 +121,18 @@ def _measure(options: TrainingOptions, data: DetectionData, image_processor: Any
         device=device_name(device),
         precision={"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[precision.name],
     )
+
+
+def _busy() -> str:
+    """Whether more is running than there are cores, in a sentence."""
+    cores = os.cpu_count() or 1
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return ""
+    if load <= cores:
+        return ""
+    return f" The {cores} cores were shared (load {load:.1f}): alone, it is faster."
 
 
 def _in_words(minutes: float) -> str:
