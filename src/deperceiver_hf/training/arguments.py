@@ -23,6 +23,9 @@ from .architectures import ARCHITECTURES, ModelOptions
 from .architectures.options import DEFAULT_IMAGE_SIZE
 from .declaration import Options, declared, option
 
+DEFAULT_DECAY_FRACTION = 0.4
+DEFAULT_PLAIN_FRACTION = 0.2
+
 
 @dataclass
 class DataOptions(Options):
@@ -59,6 +62,23 @@ class DataOptions(Options):
         "original: flip, random resize and crop, as DETR; flip: flip only; none: images as they are; crop: flip, mild "
         "crop and change of colours, always at full size; crop_any_orientation: the same for images without an up.",
         "original",
+    )
+    mosaic: float = option(
+        "Probability (0 to 1) that a training image becomes a quarter of a mosaic of four.", 0.0, at_least=0
+    )
+    mixup: float = option(
+        "Probability (0 to 1) that a training image is blended with another one, with the objects of both.",
+        0.0,
+        at_least=0,
+    )
+    plain_fraction: float | None = option(
+        "Last part of the training (0 to 1), by steps or by --max_minutes, without --mosaic and --mixup; 0.2 if not "
+        "given.",
+        at_least=0,
+    )
+    repeat_factor_threshold: float | None = option(
+        "Take images with rare classes more often: a class that is on less than this part of the images (such as 0.1; "
+        "0 to 1) by the square root of how many times less. The epochs become longer.",
     )
     cache_images: bool = option(
         "Keep decoded images in memory, 3 bytes a pixel, for small data sets; needs --num_workers 0.",
@@ -215,6 +235,18 @@ class RunOptions(Options):
     eval_without_ema: bool = option(
         "With --ema_decay, evaluate the weights themselves, too, in each evaluation.", False, resume_may_change=True
     )
+    early_stopping_patience: int | None = option(
+        "End the training after so many evaluations in a row without a better AP; with --lr_scheduler wsd the rate "
+        "then decays first.",
+        at_least=1,
+        resume_may_change=True,
+    )
+    early_stopping_threshold: float = option(
+        "What an AP (0 to 1) must exceed the best one by to count as better, with --early_stopping_patience.",
+        0.0,
+        at_least=0,
+        resume_may_change=True,
+    )
     save_top_k: int = option(
         "How many models of the highest AP to keep.",
         3,
@@ -241,6 +273,14 @@ class RunOptions(Options):
     )
     log_every: int = option(
         "Optimizer steps between two lines of the log.", 50, at_least=1, resume_may_change=True, harmless=True
+    )
+    pictures: int = option(
+        "Validation images to draw at each evaluation with predictions beside the truth, in predictions/ and for the "
+        "trackers; with 0, curves.png is not drawn either.",
+        16,
+        at_least=0,
+        resume_may_change=True,
+        harmless=True,
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
@@ -288,6 +328,18 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             self.refuse(["shortest_edge", "longest_edge"], "images have the height and width of --fixed_size.")
         if self.cache_features and self.lr_backbone:
             raise UserError("--cache_features keeps what a frozen backbone makes of an image: give --lr_backbone 0.")
+        for name in ("mosaic", "mixup", "plain_fraction"):
+            if (getattr(self, name) or 0) > 1:
+                raise UserError(f"--{name} is a part of 1, not {getattr(self, name)}.")
+        mixes = bool(self.mosaic or self.mixup)
+        if not mixes:
+            self.refuse(["plain_fraction"], "ends --mosaic and --mixup, and neither is given.")
+        if mixes and self.cache_features:
+            raise UserError("--cache_features needs images that come again, which --mosaic and --mixup do not make.")
+        if self.repeat_factor_threshold is not None and not 0 < self.repeat_factor_threshold <= 1:
+            raise UserError(
+                f"--repeat_factor_threshold must be more than 0 and at most 1, not {self.repeat_factor_threshold}."
+            )
         if self.cache_images and self.num_workers:
             raise UserError(
                 f"--cache_images keeps images in the training process, but --num_workers {self.num_workers} would "
@@ -326,7 +378,18 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             raise UserError("--overwrite_output_dir would delete what --resume continues; give one of them.")
         if self.eval_steps is not None:
             self.refuse(["eval_every"], "counts epochs, --eval_steps counts steps; give one of them.")
+        self._check_early_stopping()
         self.output_dir = self.directory
+
+    def _check_early_stopping(self) -> None:
+        if self.early_stopping_patience is None:
+            self.refuse(["early_stopping_threshold"], "belongs to --early_stopping_patience, which is not given.")
+        elif not (self.eval_every or self.eval_steps):
+            raise UserError("--early_stopping_patience counts evaluations, but --eval_every 0 makes none.")
+        elif self.decay_fraction == 1:
+            raise UserError(
+                "--early_stopping_patience ends the constant part of wsd, but --decay_fraction 1 leaves none."
+            )
 
 
 def make_parser(**options: Any) -> HfArgumentParser:

@@ -9,11 +9,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from .arguments import TrainingOptions
+from .arguments import DEFAULT_DECAY_FRACTION, TrainingOptions
 from .building import backbone_parameters
 
 DEFAULT_LR_DROP = 33
-DEFAULT_DECAY_FRACTION = 0.4
 
 
 def create_optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.optim.AdamW:
@@ -43,6 +42,7 @@ def create_scheduler(
     steps_per_epoch: int,
     total_steps: int,
     time_used: Callable[[], float] = lambda: 0.0,
+    early_decay: Callable[[], tuple[int, int] | None] = lambda: None,
 ) -> LambdaLR:
     """Learning rate for each optimizer step; call `.step()` after each.
 
@@ -53,6 +53,7 @@ def create_scheduler(
 
     Args:
         time_used: Gives the part of the time allowed that is over, in [0, 1]; the same on all processes.
+        early_decay: Gives first and last step of a decay of `wsd` that begins before its time, if one does.
     """
     warmup = options.warmup_steps
     steps_per_drop = steps_per_epoch * (options.lr_drop or DEFAULT_LR_DROP)
@@ -70,7 +71,9 @@ def create_scheduler(
             case "cosine":
                 return warm * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left / falling_steps)))
             case "wsd":
-                return warm * min(1.0, left / decay_steps)
+                start, end = early_decay() or (0, 0)
+                early = 1.0 if end == 0 else max(0, end - step) / (end - start)
+                return warm * min(1.0, left / decay_steps, early)
         return warm
 
     return LambdaLR(optimizer, factor)

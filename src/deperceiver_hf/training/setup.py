@@ -25,10 +25,11 @@ from ..data import (
     load_detection_data,
     make_train_transforms,
 )
-from ..data.classes import with_labels_of
+from ..data.classes import listing, with_labels_of
 from ..data.images import limit_pixels
+from ..data.mixing import ImageMixing
 from ..data.plausibility import remarks_on_objects, require_objects
-from ..data.sampling import make_loader
+from ..data.sampling import make_loader, repeat_factors
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
@@ -81,6 +82,10 @@ class TrainingData:
                 accelerator, partial(load_split, options.eval_split, max_samples=options.max_eval_samples)
             )
             evaluation = with_labels_of(train, evaluation)
+            if options.early_stopping_patience and evaluation.report.num_objects == evaluation.report.num_crowds:
+                raise UserError(
+                    f"--early_stopping_patience waits for a better AP, but {evaluation.name} has no object to find."
+                )
         image_processor = build_image_processor(options)
         unusual = _unusual_preprocessing(options, image_processor)
         if unusual.keys() & {"image_mean", "image_std"}:
@@ -98,6 +103,7 @@ class TrainingData:
             train,
             transforms,
             seed=options.seed,
+            mixing=ImageMixing(options.mosaic, options.mixup) if options.mosaic or options.mixup else None,
             cache_images=options.cache_images,
             on_bad_image=options.on_bad_image,
             max_image_pixels=options.max_image_pixels,
@@ -108,6 +114,7 @@ class TrainingData:
             group_by_aspect_ratio=options.group_by_aspect_ratio,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
+            repeats=_repeats(train, options.repeat_factor_threshold),
         )
         collate = DetectionCollator(image_processor, do_resize=False)
         return cls(train, evaluation, image_processor, dataset, collate, sampler)
@@ -132,6 +139,28 @@ class TrainingData:
         """This process's batches of an epoch, but for the first `skip`."""
         self.sampler.set_epoch(epoch, skip=skip)
         return make_loader(self.dataset, self.sampler, self.collate, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def _repeats(data: DetectionData, threshold: float | None) -> np.ndarray | None:
+    """How often an epoch takes each image, see `repeat_factors`; said in a line."""
+    if threshold is None:
+        return None
+    labels = [
+        [label for label, crowd in zip(objects["category"], objects["iscrowd"], strict=True) if not crowd]
+        for objects in data.dataset.with_format(None)["objects"]
+    ]
+    repeats = repeat_factors(labels, threshold)
+    alone = {  # the factor of a class is that of images with no other
+        name: float(repeats[[label in image for image in labels]].min())
+        for label, name in enumerate(data.label_names)
+        if any(label in image for image in labels)
+    }
+    rare = [f"{name} ({factor:.2g} times)" for name, factor in alone.items() if factor > 1]
+    logger.info(
+        f"An epoch takes {int(repeats.sum())} of {len(labels)} images, those with rare classes more than once: "
+        f"{listing(rare) if rare else f'none is on less than {threshold:g} of the images'}."
+    )
+    return repeats
 
 
 def _sizes_of(image_processor: Any) -> dict[str, Any]:
