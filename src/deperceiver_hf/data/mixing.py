@@ -18,6 +18,7 @@ from .transforms import DropCrowds, select_objects, visible_enough
 
 Sample = dict[str, Any]
 
+_LEAST_SIDE = 16  # pixels of an image that others are put into
 _CENTRE = (0.3, 0.7)  # of both sides, where the four images of a mosaic meet
 _MOST_ENLARGED = 1.5  # over the size at which an image covers its place: what is cut off is chosen at random
 _BLEND = (0.4, 0.6)  # weight of the first image in a mixup
@@ -31,7 +32,8 @@ class ImageMixing:
     ratio, to cover its quarter, and cut to it at a random place. A mixup is the mean, of random weights near a half,
     of two images, the second cut to the size of the first in the same way, with the objects of both; it may be of
     mosaics. Crowds are dropped first. Objects of which a cut leaves less than `LEAST_VISIBLE_AREA` are dropped, as in
-    the crops of the augmentation; the boxes of others are clipped.
+    the crops of the augmentation; the boxes of others are clipped. Images with a side below 16 pixels stay as they
+    are.
 
     Args:
         mosaic: Probability that an image becomes part of a mosaic.
@@ -53,13 +55,16 @@ class ImageMixing:
             sample: The image that others are mixed into; the size of the result is its own.
             draw: Gives a random sample of the data set.
         """
+        if min(sample["image"].shape[-2:]) < _LEAST_SIDE:
+            return DropCrowds()(sample)
         sample = self._maybe_mosaic(sample, draw)
         if self.mixup and float(torch.rand(())) < self.mixup:
             sample = mix_up(sample, self._maybe_mosaic(draw(), draw))
         return sample
 
     def _maybe_mosaic(self, sample: Sample, draw: Callable[[], Sample]) -> Sample:
-        if self.mosaic and float(torch.rand(())) < self.mosaic:
+        large_enough = min(sample["image"].shape[-2:]) >= _LEAST_SIDE
+        if self.mosaic and large_enough and float(torch.rand(())) < self.mosaic:
             return make_mosaic([sample, draw(), draw(), draw()])
         return DropCrowds()(sample)
 
@@ -73,8 +78,6 @@ def make_mosaic(samples: list[Sample]) -> Sample:
     parts = []
     for place, sample in zip(torch.randperm(4).tolist(), samples, strict=True):
         top, left, part_height, part_width = quarters[place]
-        if not (part_height and part_width):  # of an image of a pixel
-            continue
         part = cut_to(DropCrowds()(sample), part_height, part_width)
         canvas[:, top : top + part_height, left : left + part_width] = part["image"]
         parts.append({**part, "boxes": part["boxes"] + part["boxes"].new_tensor([left, top, left, top])})
