@@ -52,7 +52,8 @@ class TrainingData:
         image_processor: Prepares images; saved with the model.
         dataset: `train` with its augmentation.
         collate: Makes a batch.
-        sampler: Chooses the images of this process's batches.
+        repeats: How often an epoch takes each image; `None` for once.
+        batches: Sampler of this process's batches; `None` before their size is chosen.
     """
 
     train: DetectionData
@@ -60,7 +61,8 @@ class TrainingData:
     image_processor: Any
     dataset: DetectionDataset
     collate: DetectionCollator
-    sampler: TrainingBatchSampler
+    repeats: np.ndarray | None
+    batches: TrainingBatchSampler | None
 
     @classmethod
     def load(cls, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
@@ -103,21 +105,38 @@ class TrainingData:
             train,
             transforms,
             seed=options.seed,
-            mixing=ImageMixing(options.mosaic, options.mixup) if options.mosaic or options.mixup else None,
+            mixing=ImageMixing(options.mosaic or 0.0, options.mixup or 0.0) if options.mixes_images else None,
             cache_images=options.cache_images,
             on_bad_image=options.on_bad_image,
             max_image_pixels=options.max_image_pixels,
         )
+        collate = DetectionCollator(image_processor, do_resize=False)
+        repeats = _repeats(train, options.repeat_factor_threshold)
+        loaded = cls(train, evaluation, image_processor, dataset, collate, repeats, None)
+        return loaded if options.has_automatic_batch_size else loaded.with_batches(options, accelerator)
+
+    def with_batches(self, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
+        """The same data with a sampler of this process's batches.
+
+        Raises:
+            ValueError: They are fewer images than a batch.
+        """
         sampler = TrainingBatchSampler(
-            dataset,
+            self.dataset,
             options.batch_size,
             group_by_aspect_ratio=options.group_by_aspect_ratio,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            repeats=_repeats(train, options.repeat_factor_threshold),
+            repeats=self.repeats,
         )
-        collate = DetectionCollator(image_processor, do_resize=False)
-        return cls(train, evaluation, image_processor, dataset, collate, sampler)
+        return dataclasses.replace(self, batches=sampler)
+
+    @property
+    def sampler(self) -> TrainingBatchSampler:
+        """Chooses the images of this process's batches."""
+        if self.batches is None:
+            raise RuntimeError("the batch size has not been chosen yet")
+        return self.batches
 
     def remark_on_objects(self, num_queries: int) -> None:
         """Say what the objects of the data mean for a model with so many queries."""

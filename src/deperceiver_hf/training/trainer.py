@@ -21,6 +21,7 @@ from ..output_files import require_writable_directory, write_json
 from .architectures.backbones import backbone_of
 from .arguments import TrainingOptions
 from .averaging import WeightAverage
+from .batch_size import fitting_batch_size, resumed_batch_size
 from .building import build_model, training_mode
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
 from .computation import ThreadWatch, choose_computation
@@ -59,7 +60,12 @@ class DetectionTrainer:
         self.run_directory = RunDirectory(options.directory)
         self.accelerator = create_accelerator(options)
         self.state = main_process_first(self.accelerator, self._find_state)
+        if options.has_automatic_batch_size and self.state is not None:
+            self.options = options = resumed_batch_size(options, self.state)
         self.data = TrainingData.load(options, self.accelerator)
+        if options.has_automatic_batch_size:
+            self.options = options = fitting_batch_size(options, self.accelerator, self.data)
+            self.data = self.data.with_batches(options, self.accelerator)
         self.schedule = RunSchedule(options, batches_per_epoch=len(self.data.sampler))
         if self.data.dataset.mixing is not None:
             self.data.sampler.is_plain = self._is_plain
