@@ -155,7 +155,10 @@ class OptimizationOptions(Options):
 
     lr: float = option("Learning rate.", 1e-4, at_least=0, comparison_hint="give --lrs, or lr=... in --models")
     lr_backbone: float = option("Learning rate of the backbone; 0 freezes it.", 1e-5, at_least=0)
-    weight_decay: float = option("Weight decay of AdamW.", 1e-4, at_least=0)
+    optimizer: Literal["adamw", "muon"] | None = option(
+        "muon: Muon for the weights of linear layers, AdamW for all else; adamw, if not given, for all."
+    )
+    weight_decay: float = option("Weight decay, decoupled as in AdamW.", 1e-4, at_least=0)
     clip_max_norm: float = option("Clip the gradient to this norm; 0 does not clip.", 0.1, at_least=0)
     epochs: int = option(
         "Passes over the training set.",

@@ -11,29 +11,53 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from .arguments import DEFAULT_DECAY_FRACTION, TrainingOptions
 from .building import backbone_parameters
+from .muon import MuonAndAdamW
 
 DEFAULT_LR_DROP = 33
 
 
 def create_optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW with a group "model" and, unless all of it is frozen, a group "backbone" of its own learning rate.
+    """AdamW with a group "model" and, unless all of it is frozen, a group "backbone" of its own learning rate; with
+    `muon`, each has a second group of its matrices (see `hidden_matrices`).
 
     Raises:
         ValueError: The model has no parameter to train.
     """
     backbone = backbone_parameters(model)
+    matrices = hidden_matrices(model) if options.optimizer == "muon" else set()
     groups = [
         {
-            "name": "model",
-            "params": [p for name, p in model.named_parameters() if p.requires_grad and name not in backbone],
-            "lr": options.lr,
-        },
-        {"name": "backbone", "params": [p for p in backbone.values() if p.requires_grad], "lr": options.lr_backbone},
+            "name": "backbone" if in_backbone else "model",
+            "lr": options.lr_backbone if in_backbone else options.lr,
+            "muon": muon,
+            "params": [
+                p
+                for name, p in model.named_parameters()
+                if p.requires_grad and (name in backbone, name in matrices) == (in_backbone, muon)
+            ],
+        }
+        for in_backbone in (False, True)
+        for muon in (False, True)
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("every parameter of the model is frozen: there is nothing to train.")
-    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+    shared = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "muon":
+        return MuonAndAdamW(groups, **shared)
+    for group in groups:
+        del group["muon"]
+    return torch.optim.AdamW(groups, fused=True, **shared)
+
+
+def hidden_matrices(model: PreTrainedModel) -> set[str]:
+    """Names of the weights of linear layers between others: of those whose outputs are scores or boxes none."""
+    outputs = (4, model.config.num_labels, model.config.num_labels + 1)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features not in outputs
+    }
 
 
 def create_scheduler(
