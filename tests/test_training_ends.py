@@ -40,10 +40,14 @@ def test_a_run_ends_when_its_ap_has_ceased_to_improve(tmp_path, scripted_ap, thr
 
 
 def test_without_patience_a_run_goes_to_its_end(tmp_path, scripted_ap):
-    scripted_ap(*[0.1] * 9)
-    options = {**PATIENT, "early_stopping_patience": None}
+    scripted_ap(*[0.1] * 4)
+    options = {**PATIENT, "early_stopping_patience": None, "epochs": 4}
     result = DetectionTrainer(tiny_options(tmp_path, **options)).train()
-    assert (result.epoch, result.stopped_early) == (9, False)
+    assert (result.epoch, result.stopped_early) == (4, False)
+    scripted_ap(0.1, 0.1, 0.1)
+    lost_at_its_end = {**PATIENT, "epochs": 3}
+    result = DetectionTrainer(tiny_options(tmp_path / "short", **lost_at_its_end)).train()
+    assert (result.epoch, result.stopped_early) == (3, False)
 
 
 @pytest.mark.parametrize("kill_at", [None, 7])
@@ -63,10 +67,10 @@ def test_lost_patience_begins_the_decay_of_wsd_before_its_time(tmp_path, monkeyp
 
 
 def test_no_patience_is_lost_in_the_decay_of_wsd(tmp_path, scripted_ap):
-    scripted_ap(*[0.3] * 9)
-    options = {**PATIENT, "lr_scheduler": "wsd", "decay_fraction": 0.9}
+    scripted_ap(*[0.3] * 4)
+    options = {**PATIENT, "lr_scheduler": "wsd", "decay_fraction": 0.9, "epochs": 4}
     result = DetectionTrainer(tiny_options(tmp_path, **options)).train()
-    assert (result.epoch, result.stopped_early) == (9, False)
+    assert (result.epoch, result.stopped_early) == (4, False)
 
 
 def test_killed_before_it_ends_early_a_run_ends_the_same(tmp_path, monkeypatch, scripted_ap):

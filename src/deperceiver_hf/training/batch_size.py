@@ -25,6 +25,7 @@ from .arguments import TrainingOptions
 from .averaging import WeightAverage
 from .building import build_model, training_mode
 from .checkpoints import read_state
+from .computation import Float32Depthwise
 from .optimization import create_optimizer
 from .setup import TrainingData, main_process_first
 
@@ -108,6 +109,7 @@ class _Trial:
         if attention in (None, "auto"):  # on a CPU it is chosen later: this one needs the most
             attention = "eager" if self.accelerator.device.type == "cpu" else "sdpa"
         model.set_attn_implementation(attention)
+        Float32Depthwise.of(model)
         model.to(self.accelerator.device)
         average = None if options.ema_decay is None else WeightAverage(model, options.ema_decay)
         return model, create_optimizer(model, options), average

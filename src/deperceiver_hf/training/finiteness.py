@@ -96,13 +96,12 @@ class FinitenessGuard:
             values["norm of the gradient before"] = self.grad_norm.item()
             if not self.grad_norm.isfinite():  # whatever came then has come of it
                 images = self._images_before
-        report = problem or ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-        report = f"process {self.accelerator.process_index}: {report} (images {self._described(images)})"
+        report = problem.rstrip(".") or ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        report = f"process {self.accelerator.process_index}: {report} ({self._described(images)})"
         reports = gather_object([report])
         raise NonFiniteLossError(
             f"the loss is not finite at step {progress.step + 1} (epoch {progress.epoch + 1}). {'; '.join(reports)}. "
-            f"{_kept(state)} Look at these images and their boxes (--augmentation none leaves them as they are). "
-            f"{ADVICE}"
+            f"{_kept(state)} Look at these images and their boxes. {ADVICE}"
         )
 
     def require_finite(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: Path | None) -> None:
@@ -122,7 +121,7 @@ class FinitenessGuard:
             broken = broken or ["what another process has"]
             raise NonFiniteLossError(
                 f"the training is not finite at step {self.progress.step}: {', '.join(broken[:3])}"
-                f"{f' and {len(broken) - 3} others' if len(broken) > 3 else ''}. The last images were "
+                f"{f' and {len(broken) - 3} others' if len(broken) > 3 else ''}, after a step on "
                 f"{self._described(self._images)}. Nothing was saved of it. {_kept(state)} {ADVICE}"
             )
 
@@ -136,7 +135,7 @@ class FinitenessGuard:
             path = self.data.dataset.image_path(places[image_id])
             named.append(f"{data.own_image_id(image_id)}{f' ({path})' if path else ''}")
         more = len(wanted) - len(named)
-        return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+        return f"images {', '.join(named) or 'unknown'}{f' and {more} more' if more else ''}"
 
 
 def _kept(state: Path | None) -> str:

@@ -4,6 +4,8 @@
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from accelerate.logging import get_logger
 
@@ -55,30 +57,36 @@ class Pace:
             self._say()
         return seconds
 
-    def note_evaluation(self, seconds: float) -> None:
-        self._evaluations.append(seconds)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation, whose seconds are no training."""
+        start = time.perf_counter()
+        yield
+        self._evaluations.append(time.perf_counter() - start)
 
     def seconds_left(self) -> float:
-        """Until the end of the run, evaluations included once there was one; as if no patience were lost."""
-        if self.options.max_minutes is not None and self.progress.step:
-            by_clock = max(0.0, 60 * self.options.max_minutes - self.progress.seconds)
-            return min(by_clock, self._seconds_of_steps()) if self._steps else by_clock
+        """After a step: until the end of the run, evaluations included once there was one; as if no patience were
+        lost."""
+        each = self._seconds_of_a_step()
+        steps = float(self.schedule.total_steps - self.progress.step)
+        if self.options.max_minutes is not None:
+            steps = min(steps, max(0.0, 60 * self.options.max_minutes - self.progress.seconds) / max(each, 1e-9))
         evaluation = statistics.mean(self._evaluations) if self._evaluations else 0.0
-        return self._seconds_of_steps() + evaluation * self.schedule.evaluations_left(self.progress)
+        return steps * each + evaluation * self.schedule.evaluations_in(steps)
 
-    def _seconds_of_steps(self) -> float:
+    def _seconds_of_a_step(self) -> float:
         recent = list(self._steps)
         if len(recent) <= STEPS_OF_ESTIMATE:
             recent = recent[len(recent) // 2 :]  # the first steps are slower than the rest
-        return statistics.mean(recent) * (self.schedule.total_steps - self.progress.step)
+        return statistics.mean(recent)
 
     def _say(self) -> None:
         """Say once how long the run will take."""
         left = self.schedule.total_steps - self.progress.step
         if self.options.max_minutes is None and left > 0:
-            seconds = self._seconds_of_steps()
+            seconds = self._seconds_of_a_step()
             logger.info(
-                f"A step takes {seconds / left:.2f} s, the {left} to go about {seconds / 60:.0f} minutes. "
+                f"A step takes {seconds:.2f} s, the {left} to go about {seconds * left / 60:.0f} minutes. "
                 "Ctrl-C saves the state; --resume auto goes on from it."
             )
 

@@ -59,8 +59,10 @@ class RunPictures:
             return
         with self._never_stopping_the_run("predictions"):
             shown = self._shown
-            ids = {shown.own_image_id(image_id) for image_id in shown.dataset.with_format(None)["image_id"]}
-            found = [p for p in result.predictions if p["score"] >= THRESHOLD and p["image_id"] in ids]
+            own_ids = [shown.own_image_id(image_id) for image_id in shown.dataset.with_format(None)["image_id"]]
+            readable = [place for place, own_id in enumerate(own_ids) if own_id not in result.left_out]
+            shown = replace(shown, dataset=shown.dataset.select(readable))
+            found = [p for p in result.predictions if p["score"] >= THRESHOLD and p["image_id"] in own_ids]
             rows = contact_sheet_rows(shown, found, threshold=THRESHOLD, max_images=len(shown.dataset))
             sheet = draw_contact_sheet(rows, shown.label_names)
             self.run_directory.predictions.mkdir(exist_ok=True)

@@ -6,6 +6,8 @@ evaluation due; then the run evaluates and saves what is due. All is counted in 
 resumed run does what it would have done.
 """
 
+import math
+
 from .arguments import DEFAULT_DECAY_FRACTION, DEFAULT_PLAIN_FRACTION, TrainingOptions
 from .checkpoints import TrainingProgress
 
@@ -31,6 +33,7 @@ class RunSchedule:
         self.total_steps = self.steps_per_epoch * options.epochs
         if options.max_steps is not None:
             self.total_steps = min(self.total_steps, options.max_steps)
+        self._planned_steps = self.total_steps
         self.time_used = 0.0
         self.early_decay: tuple[int, int] | None = None
 
@@ -65,6 +68,10 @@ class RunSchedule:
     def patience_is_lost(self, progress: TrainingProgress) -> bool:
         patience = self.options.early_stopping_patience
         return patience is not None and progress.stale_evaluations >= patience
+
+    def ended_early(self, progress: TrainingProgress) -> bool:
+        """Whether a run that is over would have gone on, had its patience not been lost."""
+        return self.patience_is_lost(progress) and progress.step < self._planned_steps and self.time_used < 1
 
     def _apply_patience(self, progress: TrainingProgress) -> None:
         """Let the run end where its state says: after a decay that lasts the same part of it, or at once."""
@@ -119,11 +126,10 @@ class RunSchedule:
             due = progress.batches == 0 and _divides(self.options.eval_every, progress.epoch)
         return due or self.last_step_is_done(progress)
 
-    def evaluations_left(self, progress: TrainingProgress) -> int:
-        """After a step, as far as steps and epochs say."""
-        left = self.total_steps - progress.step
+    def evaluations_in(self, steps: float) -> int:
+        """How many come in the next steps, about."""
         every = self.options.eval_steps or self.steps_per_epoch * self.options.eval_every
-        return -(-left // every) if every else 0
+        return math.ceil(steps / every) if every else 0
 
     def state_is_due(self, progress: TrainingProgress) -> bool:
         """After a step; an epoch that is over has been counted as done."""

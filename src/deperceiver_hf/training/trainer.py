@@ -240,7 +240,8 @@ class DetectionTrainer:
             progress.epoch, progress.batches = progress.epoch + 1, 0
         if self.data.evaluation is not None and self.schedule.evaluation_is_due(progress):
             try:
-                self._evaluate()
+                with self.pace.evaluating():
+                    self._evaluate()
             except InterruptedEvaluationError:  # the resumed run evaluates first
                 progress.epoch, progress.batches = before
                 return True
@@ -364,7 +365,7 @@ class DetectionTrainer:
     def _evaluated(self, model: PreTrainedModel) -> EvaluationResult:
         options = self.options
         try:
-            result = evaluate_detector(
+            return evaluate_detector(
                 model,
                 self.data.image_processor,
                 self.data.require_evaluation(),
@@ -377,8 +378,6 @@ class DetectionTrainer:
             )
         except FloatingPointError as error:
             raise NonFiniteLossError(f"in the evaluation after step {self.progress.step}: {error}") from error
-        self.pace.note_evaluation(result.seconds)
-        return result
 
     def _require_finite(self) -> None:
         """Refuse to evaluate or save a model, or the state of its optimizer, that is not finite; on all processes."""
@@ -419,5 +418,5 @@ class DetectionTrainer:
             last_model=last_model,
             metrics=self.progress.last_metrics,
             seconds=round(self.progress.seconds, 3),
-            stopped_early=self.schedule.patience_is_lost(self.progress) and not interrupted,
+            stopped_early=not interrupted and self.schedule.ended_early(self.progress),
         )
