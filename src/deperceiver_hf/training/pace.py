@@ -75,10 +75,7 @@ class Pace:
         return steps * each + evaluation * self.schedule.evaluations_in(steps)
 
     def _seconds_of_a_step(self) -> float:
-        recent = list(self._steps)
-        if len(recent) <= STEPS_OF_ESTIMATE:
-            recent = recent[len(recent) // 2 :]  # the first steps are slower than the rest
-        return statistics.mean(recent)
+        return statistics.mean(list(self._steps)[len(self._steps) // 2 :])  # the first steps are slower than the rest
 
     def _say(self) -> None:
         """Say once how long the run will take."""
