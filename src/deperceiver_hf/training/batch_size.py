@@ -49,6 +49,7 @@ def resumed_batch_size(options: TrainingOptions, state: Path) -> TrainingOptions
             f"cannot resume from {state}: a step has {batch_size * batches} images of a process there, "
             f"--images_per_step asks for {options.images_per_step}."
         )
+    logger.info(f"Batch size {batch_size}, {batches} of them in a step, as before.")
     return _with(options, batch_size, batches)
 
 
