@@ -67,6 +67,7 @@ NO_PATHS = {
     *("architecture", "attn_implementation", "augmentation", "backbone", "downsample_factor", "lr_scheduler"),
     *("mixed_precision", "on_bad_image", "position_embedding", "preset", "config", "device", "timed"),
     *("eval_split", "train_split", "split", "splits", "project", "run_name", "report_to", "push_to_hub"),
+    "batch_size",  # a number or auto
     *("dataset", "data"),  # tests/test_data_coco.py
 }
 

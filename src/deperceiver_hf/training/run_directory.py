@@ -9,6 +9,8 @@
         best -> epoch-003-step-400    (a copy where there are no symbolic links)
         last/                   the model at the end of training, with the same files
         metrics.jsonl           one line for each log interval and each evaluation
+        curves.png              what is in it, drawn
+        predictions/            the same validation images with what was detected: latest.jpg, best.jpg
         options.yaml            the options of the run, as a recipe that repeats it
         train_images.txt, val_images.txt    names of the images on both sides, where the run has divided a split
         summary.json            written at the end
@@ -29,6 +31,7 @@ STATE_FILE = "training_state.json"  # in a training state
 METRICS_FILE = "metrics.json"  # in a model
 STATE_PATTERN = re.compile(r"state-(\d{8,})-(\d{4,})")
 MODEL_PATTERN = re.compile(r"epoch-(\d{3,})-step-(\d+)")
+PREDICTIONS = ("latest.jpg", "best.jpg")
 TEMPORARY_SUFFIX = ".incomplete"
 DELETED_SUFFIX = ".deleted"
 
@@ -39,6 +42,8 @@ class RunDirectory:
     Attributes:
         path: The output directory.
         log: Lines of numbers, JSON each.
+        curves: Picture of the log.
+        predictions: Directory of pictures of detections.
         options: What the run was told, as a recipe.
         train_list, val_list: Names of the images on both sides of a split that the run divided.
         summary: How the run ended; there is none before.
@@ -49,6 +54,8 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.log = self.path / "metrics.jsonl"
+        self.curves = self.path / "curves.png"
+        self.predictions = self.path / "predictions"
         self.options = self.path / "options.yaml"
         self.train_list = self.path / "train_images.txt"
         self.val_list = self.path / "val_images.txt"
@@ -98,6 +105,9 @@ class RunDirectory:
             other_model = MODEL_PATTERN.fullmatch(entry.name) and entry.name not in models
             if older_state or other_model or self._is_half_written(entry) or (entry == self.best and not models):
                 remove(entry)
+        for picture in self.predictions.iterdir() if self.predictions.is_dir() else ():
+            if any(is_temporary(picture, of=self.predictions / name) for name in PREDICTIONS):
+                remove(picture)
 
     def remove_states(self) -> None:
         """Delete all complete training states: the run cannot be resumed any more."""
@@ -125,14 +135,15 @@ class RunDirectory:
         return metrics[0].read_bytes() == metrics[1].read_bytes()
 
     def _is_half_written(self, path: Path) -> bool:
-        files = (self.log, self.options, self.train_list, self.val_list, self.summary, self.path / PROBE)
+        files = (self.log, self.curves, self.options, self.train_list, self.val_list, self.summary, self.path / PROBE)
         unfinished = path.name.endswith((TEMPORARY_SUFFIX, DELETED_SUFFIX))
         return unfinished or any(is_temporary(path, of=file) for file in files)
 
     def _is_ours(self, path: Path) -> bool:
         patterns = (STATE_PATTERN, MODEL_PATTERN)
         lists = (self.train_list, self.val_list)
-        named = (self.log, self.options, *lists, self.summary, self.best, self.last)
+        pictures = (self.curves, self.predictions)
+        named = (self.log, self.options, *pictures, *lists, self.summary, self.best, self.last)
         matches = any(pattern.fullmatch(path.name) for pattern in patterns)
         return path in named or matches or self._is_half_written(path)
 

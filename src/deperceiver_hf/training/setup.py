@@ -24,10 +24,12 @@ from ..data import (
     is_synthetic,
     make_train_transforms,
 )
+from ..data.classes import listing
 from ..data.doctor.objects import ObjectTable, TrainedSize, require_objects
 from ..data.doctor.quick import quick_check
 from ..data.images import limit_pixels
-from ..data.sampling import make_loader
+from ..data.mixing import ImageMixing
+from ..data.sampling import make_loader, repeat_factors
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
@@ -48,14 +50,16 @@ class TrainingData:
         image_processor: Prepares images; saved with the model.
         dataset: `train` with its augmentation.
         collate: Makes a batch.
-        sampler: Chooses the images of this process's batches.
+        repeats: How often an epoch takes each image; `None` for once.
+        batches: Sampler of this process's batches; `None` before their size is chosen.
     """
 
     splits: RunSplits
     image_processor: Any
     dataset: DetectionDataset
     collate: DetectionCollator
-    sampler: TrainingBatchSampler
+    repeats: np.ndarray | None
+    batches: TrainingBatchSampler | None
 
     @property
     def train(self) -> DetectionData:
@@ -84,6 +88,14 @@ class TrainingData:
         splits = RunSplits.load(options, accelerator, state)
         train, evaluation = splits.train, splits.evaluation
         require_objects(ObjectTable.of(train, options.train_split))
+        if (
+            options.early_stopping_patience
+            and evaluation is not None
+            and evaluation.report.num_objects == evaluation.report.num_crowds
+        ):
+            raise UserError(
+                f"--early_stopping_patience waits for a better AP, but {evaluation.name} has no object to find."
+            )
         image_processor = build_image_processor(options)
         unusual = _unusual_preprocessing(options, image_processor)
         if unusual.keys() & {"image_mean", "image_std"}:
@@ -101,19 +113,38 @@ class TrainingData:
             train,
             transforms,
             seed=options.seed,
+            mixing=ImageMixing(options.mosaic or 0.0, options.mixup or 0.0) if options.mixes_images else None,
             cache_images=options.cache_images,
             on_bad_image=options.on_bad_image,
             max_image_pixels=options.max_image_pixels,
         )
+        collate = DetectionCollator(image_processor, do_resize=False)
+        repeats = _repeats(train, options.repeat_factor_threshold)
+        loaded = cls(splits, image_processor, dataset, collate, repeats, None)
+        return loaded if options.has_automatic_batch_size else loaded.with_batches(options, accelerator)
+
+    def with_batches(self, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
+        """The same data with a sampler of this process's batches.
+
+        Raises:
+            ValueError: They are fewer images than a batch.
+        """
         sampler = TrainingBatchSampler(
-            dataset,
+            self.dataset,
             options.batch_size,
             group_by_aspect_ratio=options.group_by_aspect_ratio,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
+            repeats=self.repeats,
         )
-        collate = DetectionCollator(image_processor, do_resize=False)
-        return cls(splits, image_processor, dataset, collate, sampler)
+        return dataclasses.replace(self, batches=sampler)
+
+    @property
+    def sampler(self) -> TrainingBatchSampler:
+        """Chooses the images of this process's batches."""
+        if self.batches is None:
+            raise RuntimeError("the batch size has not been chosen yet")
+        return self.batches
 
     def look_over(self, options: TrainingOptions, config: PreTrainedConfig) -> None:
         """Say what the doctor finds without a look at pixels; what loading found has been said.
@@ -156,6 +187,28 @@ def trained_size(image_processor: Any, config: PreTrainedConfig) -> TrainedSize:
         stride=strides if strides is None or isinstance(strides, int) else min(strides),
         num_queries=getattr(config, "num_queries", None),
     )
+
+
+def _repeats(data: DetectionData, threshold: float | None) -> np.ndarray | None:
+    """How often an epoch takes each image, see `repeat_factors`; said in a line."""
+    if threshold is None:
+        return None
+    labels = [
+        [label for label, crowd in zip(objects["category"], objects["iscrowd"], strict=True) if not crowd]
+        for objects in data.dataset.with_format(None)["objects"]
+    ]
+    repeats = repeat_factors(labels, threshold)
+    alone = {  # the factor of a class is that of images with no other
+        name: float(repeats[[label in image for image in labels]].min())
+        for label, name in enumerate(data.label_names)
+        if any(label in image for image in labels)
+    }
+    rare = [f"{name} ({factor:.2g} times)" for name, factor in alone.items() if factor > 1]
+    logger.info(
+        f"An epoch takes {int(repeats.sum())} of {len(labels)} images, those with rare classes more than once: "
+        f"{listing(rare) if rare else f'none is on less than {threshold:g} of the images'}."
+    )
+    return repeats
 
 
 def _sizes_of(image_processor: Any) -> dict[str, Any]:
