@@ -473,6 +473,13 @@ def test_coco_exports_of_cvat_and_label_studio(tmp_path):
         assert records(load_detection_data(tmp_path / name, "train")) == SCENES["train"]
 
 
+def test_one_split_of_roboflow_by_itself_is_for_training(copies):
+    data = load_detection_data(copies["roboflow"] / "valid", "train")
+    assert (records(data), data.label_names) == (SCENES["val"], NAMES)
+    with pytest.raises(FileNotFoundError, match=r"'val'"):
+        load_detection_data(copies["roboflow"] / "valid", "val")
+
+
 def test_a_group_of_roboflow_that_has_objects_is_a_class(copies, tmp_path):
     shutil.copytree(copies["roboflow"], tmp_path / "data")
     file = tmp_path / "data" / "train" / "_annotations.coco.json"

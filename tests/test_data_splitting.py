@@ -173,7 +173,8 @@ def test_runs_by_lists_and_evaluation_by_a_list(pile, tmp_path, caplog, capsys):
             ]
         )
     assert code == 0
-    assert json.loads(capsys.readouterr().out)["num_images"] == 2
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_images"], report["settings"]["image_list"]) == (2, str(tmp_path / "run" / "val_images.txt"))
 
 
 OPTIONS = {

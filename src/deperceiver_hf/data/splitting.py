@@ -143,7 +143,7 @@ def image_names(data: DetectionData) -> list[str]:
         column = batch["image"].combine_chunks()
         paths += column.field("path").to_pylist()
     named = [path for path in paths if path]
-    if len(set(named)) < len(paths):
+    if len(set(named)) < len(paths) or len({os.path.isabs(path) for path in named}) > 1:
         return [str(data.own_image_id(image_id)) for image_id in data.dataset.with_format(None)["image_id"]]
     top = os.path.commonpath([os.path.dirname(path) for path in named]) if named else ""
     return [Path(os.path.relpath(path, top or None)).as_posix() for path in named]

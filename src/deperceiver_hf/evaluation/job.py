@@ -70,6 +70,7 @@ class EvaluationJob:
     split: str
     options: EvaluationOptions
     dials: dict[str, float] = field(default_factory=dict)  # what was asked of the model, see `load_detector`
+    image_list: str | None = None  # that names the images, if not all of the split are evaluated on
 
     def run(self) -> WrittenEvaluation:
         """Evaluate, and write the results on the main process."""
@@ -94,6 +95,7 @@ class EvaluationJob:
             settings={
                 **self.options.settings(),
                 **self.dials,
+                **({} if self.image_list is None else {"image_list": self.image_list}),
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
                 "image_size": dict(getattr(self.image_processor, "size", None) or {}),
@@ -288,4 +290,5 @@ def prepare_evaluation(
         split=split,
         options=replace(how, mixed_precision=precision.name),
         dials={name: value for name, value in dials.items() if value is not None},
+        image_list=image_list,
     )

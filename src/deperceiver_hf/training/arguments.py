@@ -352,6 +352,11 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
     """All options of a training run; a combination that makes no sense raises `ValueError` when it is made."""
 
     @property
+    def data_name(self) -> str:
+        """What is trained on, by the name that the user gave it."""
+        return self.dataset if self.annotations is None else self.annotations
+
+    @property
     def divides_a_split(self) -> bool:
         """Whether the images to evaluate on are some of the training split."""
         return any(value is not None for value in (self.val_fraction, self.train_list, self.val_list))

@@ -266,8 +266,8 @@ def make_fingerprint(options: TrainingOptions, data: TrainingData, accelerator: 
     if options.model is not None:  # it has its architecture, whether that is named or not
         del fixed["architecture"]
     content = {"training images": len(data.dataset), "classes": data.train.label_names, **data.splits.fingerprint}
-    if is_synthetic(options.dataset):  # a directory may have moved, scenes are what their name says
-        content["scenes"] = options.dataset
+    if is_synthetic(options.data_name):  # a directory may have moved, scenes are what their name says
+        content["scenes"] = options.data_name
     # Only what is unusual: earlier states, which know nothing of it, can be resumed if their images stay the same.
     content |= _unusual_preprocessing(options, data.image_processor)
     run = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}

@@ -170,7 +170,7 @@ def _find_split(root: Path, split: str) -> tuple[CocoSplit | None, list[str]]:
             tried.append(str(annotation_file.relative_to(root)))
             if annotation_file.is_file():
                 return _with_images(root, annotation_file, image_dir_names, usual_file=True), tried
-    others = [file for file in annotation_files(root) if file.name != ROBOFLOW_FILE]
+    others = [file for file in annotation_files(root) if file.name != ROBOFLOW_FILE or file.parent == root]
     named = [file for file in others if _is_of_split(file, root, split)]
     instances = [file for file in named if not any(task in file.name.lower() for task in _OTHER_TASKS)]
     candidates = instances or named

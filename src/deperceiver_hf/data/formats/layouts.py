@@ -172,7 +172,7 @@ def relative_files(root: Path, suffixes: Collection[str] | None = None) -> list[
 def files_below(root: Path, depth: int = 4) -> Iterator[Path]:
     """Files below a directory, the first of each folder."""
     folders = []
-    for path in itertools.islice(sorted(entries_of(root)), MOST_LOOKED_AT):
+    for path in itertools.islice(sorted(entries_of(root), key=lambda path: path.name), MOST_LOOKED_AT):
         if path.is_dir():
             folders.append(path)
         else:

@@ -10,6 +10,7 @@ paths or a list of these, relative to its `path` or to itself; `../train/images`
 below it. Without it, splits are what folders are called, and names come from `classes.txt` or one like it.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,18 +95,18 @@ def read(request: Request) -> AnnotatedImages:
         if not files:
             raise no_split(request, splits(request.path), HOW_SPLITS_ARE_TOLD)
     top = request.images or root
-    root_of_labels = root if request.images is not None else None
+    labels = _Labels(top, apart=root if request.images is not None else None)
     found: list[Path | None] = []
     result = AnnotationList()
     rows = _Rows(settings, report)
     for index, name in enumerate(files[: request.max_samples]):
-        found.append(_label_file(top / name, top, root_of_labels))
+        found.append(labels.find(name))
         if found[-1] is not None:
             rows.read(found[-1], index, result)
-    if not any(found) and not any(_label_file(top / name, top, root_of_labels) for name in files):
+    if not any(found) and not any(map(labels.find, files)):
         raise FileNotFoundError(
             f"{report.source}: none of the {len(found)} images has a text file with its objects; for {files[0]} it "
-            f"would be {_label_places(top / files[0], top)[0]}, or beside the image."
+            f"would be {labels.usual(files[0])}, or beside the image."
         )
     rows.refuse_rotated()
     evidence = f"{settings.file.name if settings.file else 'no data.yaml'}, {sum(map(bool, found))} text files"
@@ -145,13 +146,12 @@ class _Rows:
         for number, line in enumerate(text.splitlines(), start=1):
             if not (fields := line.split()):
                 continue
-            where = f"{file}, line {number}: {line[:100]}"
             label = as_integer(fields[0])
             label = self.label_of.get(fields[0]) if label is None else label
             numbers = [as_number(value) for value in fields[1:]]
-            box = self._box(numbers, where) if not np.isnan(numbers).any() else None
+            box = None if any(map(math.isnan, numbers)) else self._box(numbers, f"{file}, line {number}: {line[:100]}")
             if box is None or label is None:
-                self.report.add("invalid_annotation", where)
+                self.report.add("invalid_annotation", f"{file}, line {number}: {line[:100]}")
             else:
                 result.append(index, label, box, id=None)
 
@@ -166,18 +166,17 @@ class _Rows:
             )
         if len(numbers) < 6 or len(numbers) % 2:
             return None
-        points = np.array(numbers).reshape(-1, 2)
-        low, high = points.min(axis=0), points.max(axis=0)
-        self._look_for_rotated(points, where)
-        return [*((low + high) / 2).tolist(), *(high - low).tolist()]
+        xs, ys = numbers[0::2], numbers[1::2]
+        left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
+        self._look_for_rotated(xs, ys, where)
+        return [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
 
-    def _look_for_rotated(self, points: np.ndarray, where: str) -> None:
-        sides = np.abs(np.diff(points, axis=0, append=points[:1])) > _PARALLEL
-        if len(points) == 4 and not sides.all(axis=1).any():
+    def _look_for_rotated(self, xs: list[float], ys: list[float], where: str) -> None:
+        sides = zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
+        if len(xs) == 4 and all(min(abs(x - x2), abs(y - y2)) <= _PARALLEL for x, y, x2, y2 in sides):
             return  # upright
         self.num_polygons += 1
-        parallelogram = len(points) == 4 and np.abs(points[0] + points[2] - points[1] - points[3]).max() <= _PARALLEL
-        if parallelogram:
+        if len(xs) == 4 and all(abs(a + c - b - d) <= _PARALLEL for a, b, c, d in (xs, ys)):
             self.num_rotated += 1
             self.example = self.example or where
 
@@ -339,28 +338,45 @@ def _listed_images(file: Path, settings: Settings, request: Request, report: Loa
     ]
 
 
-def _label_file(image: Path, root: Path, labels: Path | None) -> Path | None:
-    """The text file of an image.
+class _Labels:
+    """Finds the text files of images.
 
     Args:
-        image: the image.
         root: the data directory, or that of the images where the text files are elsewhere.
-        labels: directory of the text files, if it is that.
+        apart: directory of the text files, if it is that.
     """
-    places = _label_places(image, root) if labels is None else [labels / image.relative_to(root).with_suffix(".txt")]
-    return next((place for place in places if place.is_file()), None)
 
+    def __init__(self, root: Path, apart: Path | None = None):
+        self.root, self.apart = root, apart
+        self._directories: dict[str, list[str]] = {}  # in which the text files of a folder's images may be
 
-def _label_places(image: Path, root: Path) -> list[Path]:
-    relative = Path(os.path.relpath(image, root))
-    parts = relative.parts[:-1]
-    name = f"{relative.stem}.txt"
-    places = []
-    for position in reversed(range(len(parts))):
-        if parts[position].lower() in ("images", "jpegimages", "imgs", "img"):
-            places.append(root.joinpath(*parts[:position], "labels", *parts[position + 1 :], name))
-    places += [image.with_name(name), root.joinpath("labels", *parts, name), image.with_name(f"{relative.stem}.TXT")]
-    return places
+    def find(self, image: str) -> Path | None:
+        """The text file of an image, whose path is relative to `root`; `None` if it has none."""
+        folder, name = os.path.split(image)
+        stem = os.path.splitext(name)[0]
+        if folder not in self._directories:
+            self._directories[folder] = [str(place) for place in self._places(folder) if place.is_dir()]
+        for directory in self._directories[folder]:
+            for suffix in (".txt", ".TXT"):
+                if os.path.isfile(path := os.path.join(directory, stem + suffix)):
+                    return Path(path)
+        return None
+
+    def usual(self, image: str) -> Path:
+        """Where the text file of an image would be."""
+        path = Path(image)
+        return self._places(path.parent.as_posix())[0] / f"{path.stem}.txt"
+
+    def _places(self, folder: str) -> list[Path]:
+        parts = [part for part in Path(folder).parts if part != "."]
+        if self.apart is not None:
+            return [self.apart.joinpath(*parts)]
+        mirrored = [
+            self.root.joinpath(*parts[:position], "labels", *parts[position + 1 :])
+            for position in reversed(range(len(parts)))
+            if parts[position].lower() in ("images", "jpegimages", "imgs", "img")
+        ]
+        return [*mirrored, self.root.joinpath(*parts), self.root.joinpath("labels", *parts)]
 
 
 def _names_in_files(root: Path) -> list[str] | None:
@@ -374,8 +390,9 @@ def _names_in_files(root: Path) -> list[str] | None:
 def _all_numbers(root: Path) -> Sequence[int]:
     """The classes in the text files of all splits, where no file names them."""
     numbers: set[int] = set()
+    labels = _Labels(root)
     for image in _images_below(root):
-        if (file := _label_file(root / image, root, None)) is not None:
+        if (file := labels.find(image)) is not None:
             first = (
                 line.split()[0]
                 for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
