@@ -89,6 +89,13 @@ def test_boundaries_of_size_reach_the_evaluation(tmp_path):
         assert (run.train().metrics["ap_small"] >= 0) == small
 
 
+def test_evaluations_of_a_run_count_as_many_detections_as_asked(tmp_path):
+    run = DetectionTrainer(tiny_options(tmp_path, max_detections=[1, 3], epochs=1, eval_every=1, max_train_samples=4))
+    metrics = run.train().metrics
+    assert {"ar1", "ar3"} <= metrics.keys()
+    assert "3 detections of a class in an image count" in (tmp_path / "last" / "README.md").read_text()
+
+
 def test_more_epochs_go_on_and_other_options_are_refused(tmp_path):
     DetectionTrainer(tiny_options(tmp_path / "run", epochs=1)).train()
     with pytest.raises(ValueError, match=r"lr was 0.001 and is 0.5"):

@@ -17,7 +17,7 @@ from ..data.dataset import BAD_IMAGE_POLICIES
 from ..data.formats import FORMATS
 from ..data.transforms import AUGMENTATIONS
 from ..errors import UserError
-from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
+from ..evaluation.coco_metric import COCO_MAX_DETECTIONS, COCO_SIZE_BOUNDARIES, areas_of_sizes, check_max_detections
 from ..machine import PRECISIONS
 from ..output_files import expand_home
 from .architectures import ARCHITECTURES, ModelOptions
@@ -315,6 +315,13 @@ class RunOptions(Options):
         resume_may_change=True,
         harmless=True,
     )
+    max_detections: list[int] = field(
+        default_factory=lambda: list(COCO_MAX_DETECTIONS),
+        metadata=declared(
+            "Detections per image and class to score; AP at the last number. Crowded images need more.",
+            resume_may_change=True,
+        ),
+    )
     size_boundaries: list[float] = field(
         default_factory=lambda: list(COCO_SIZE_BOUNDARIES),
         metadata=declared(
@@ -464,6 +471,7 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             raise UserError("--report_to none cannot be combined with a tracker.")
         try:
             areas_of_sizes(self.size_boundaries)
+            check_max_detections(self.max_detections)
         except ValueError as error:
             raise UserError(f"--{error}") from error
         if self.overwrite_output_dir and self.resume is not None:

@@ -108,7 +108,10 @@ def make_card_of_run(
         }
         dataset = public_name(options.val_annotations or options.data_name)
         split = f"part of {options.train_split}" if options.divides_a_split else options.eval_split
-        evaluations = [Evaluation(measured, dataset, split, len(evaluation.dataset))] if measured else []
+        measured_on = Evaluation(
+            measured, dataset, split, len(evaluation.dataset), max_detections=options.max_detections[-1]
+        )
+        evaluations = [measured_on] if measured else []
     images = options.batch_size * options.gradient_accumulation_steps * num_processes
     return ModelCard.from_template(
         card_metadata(

@@ -32,7 +32,6 @@ from ..data.mixing import ImageMixing
 from ..data.sampling import make_loader, repeat_factors
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
-from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
 from ..machine import choose_precision, find_device, make_accelerator
 from .arguments import TrainingOptions
 from .building import build_image_processor
@@ -159,7 +158,7 @@ class TrainingData:
         tables = {name: ObjectTable.of(data, name) for name, data in splits.items()}
         trained = trained_size(self.image_processor, config)
         findings = quick_check(
-            tables, options.train_split, options.eval_split, trained, max_detections=COCO_MAX_DETECTIONS[-1]
+            tables, options.train_split, options.eval_split, trained, max_detections=options.max_detections[-1]
         )
         for finding in findings:
             logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, finding.sentence())

@@ -376,6 +376,7 @@ class DetectionTrainer:
                 batch_size=options.batch_size,
                 num_workers=options.num_workers,
                 on_bad_image=options.on_bad_image,
+                max_detections=options.max_detections,
                 area_boundaries=areas_of_sizes(options.size_boundaries),
             )
         except FloatingPointError as error:

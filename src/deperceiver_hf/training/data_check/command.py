@@ -21,7 +21,6 @@ from ...data.doctor.splits import unlisted_images
 from ...data.images import limit_pixels
 from ...data.synthetic.scenes import is_synthetic
 from ...errors import FOREIGN_USER_ERRORS, UserError, one_line
-from ...evaluation.coco_metric import COCO_MAX_DETECTIONS
 from ...machine import find_device
 from ...saved_models import load_config
 from ..architectures import ARCHITECTURES, ModelOptions
@@ -112,7 +111,7 @@ class DataCheckJob:
         choice = self._choose(tables, loaded.box_format)
         decisive = options if self.options_are_given or choice is None else choice.options
         trained = _trained_size(decisive)
-        findings += quick_check(tables, train, evaluation, trained, max_detections=COCO_MAX_DETECTIONS[-1])
+        findings += quick_check(tables, train, evaluation, trained, max_detections=options.max_detections[-1])
         if not self.quick:
             count = sum(table.num_images for table in tables.values())
             logger.info(f"Looking at the pixels of {count:,} images (--quick leaves that out).")
