@@ -32,9 +32,10 @@ from ..data.sampling import make_loader
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
-from ..machine import choose_precision, find_device, make_accelerator
+from ..machine import choose_precision, find_device, is_sharding_asked_for, make_accelerator
 from .arguments import TrainingOptions
 from .building import build_image_processor
+from .sharding import NAME
 
 logger = get_logger(__name__)
 
@@ -207,5 +208,6 @@ def make_fingerprint(options: TrainingOptions, data: TrainingData, accelerator: 
         content["scenes"] = options.dataset
     # Only what is unusual: earlier states, which know nothing of it, can be resumed if their images stay the same.
     content |= _unusual_preprocessing(options, data.image_processor)
-    run = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+    sharding = NAME if is_sharding_asked_for() else None  # states from before it are of runs without it
+    run = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision, "sharding": sharding}
     return json.loads(json.dumps({**fixed, **run, **content}))

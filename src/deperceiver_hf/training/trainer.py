@@ -5,7 +5,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..data.sampling import iterating
 from ..evaluation.coco_metric import areas_of_sizes
 from ..evaluation.evaluator import InterruptedEvaluationError, as_percent, evaluate_detector
+from ..machine import is_sharding_asked_for
 from ..output_files import require_writable_directory, write_json
 from .architectures.backbones import backbone_of
 from .arguments import TrainingOptions
@@ -33,6 +34,7 @@ from .reporting import TrainingLog, TrainingResult
 from .run_directory import RunDirectory
 from .schedule import RunSchedule
 from .setup import TrainingData, create_accelerator, main_process_first, make_fingerprint
+from .sharding import ModelShards, own_part, whole
 
 logger = get_logger(__name__)
 
@@ -96,35 +98,50 @@ class DetectionTrainer:
         self.threads = ThreadWatch(self.accelerator.device, self.computation.threads, most_threads)
         torch.set_num_threads(self.computation.threads)
         set_seed(options.seed, device_specific=True)  # different dropout on each
+        self.shards = ModelShards(model, self.accelerator) if is_sharding_asked_for() else None
         optimizer = create_optimizer(model, options)
         self.scheduler = create_scheduler(
             optimizer, options, self.schedule.steps_per_epoch, self.schedule.total_steps, lambda: self._time_used
         )
-        with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = model, optimizer
+        if self.shards is None:
+            self._prepare()
+        else:
+            self.shards.optimizer = optimizer
         # The schedule is not prepared: accelerate would step it once for each process.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.average = (
-            None
-            if options.ema_decay is None
-            else WeightAverage(self.accelerator.unwrap_model(self.model), options.ema_decay)
-        )
+        self.average = None if options.ema_decay is None else WeightAverage(self._whole_model, options.ema_decay)
         if options.cache_features:
-            FeatureCache(*(backbone_of(model) for model in self._models))
+            FeatureCache(*(backbone_of(model) for model in (*self._models, self._trained_model)))
+
+    def _prepare(self) -> None:
+        with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+
+    @property
+    def _trained_model(self) -> PreTrainedModel:
+        """The model that is trained, without wrappers; it may be in shards."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _whole_model(self) -> PreTrainedModel:
+        """The model that is trained, or a copy of it that is in no shards and as new as they were last gathered."""
+        return self._trained_model if self.shards is None else self.shards.whole
 
     @property
     def _models(self) -> list[PreTrainedModel]:
-        """The average of the weights, if there is one, and the model that is trained, without wrappers: the first is
-        evaluated and saved."""
-        model = self.accelerator.unwrap_model(self.model)
-        return [model] if self.average is None else [self.average.model, model]
+        """The average of the weights, if there is one, and the model that is trained: the first is evaluated and
+        saved."""
+        return [self._whole_model] if self.average is None else [self.average.model, self._whole_model]
 
     def _begin_or_resume(self) -> None:
         """Restore the state that the run goes on from, if there is one, and make the output directory ready."""
         self.progress, resumed_from = TrainingProgress(), None
         if self.state is not None:
-            loaded = load_state(self.accelerator, self.state, self.scheduler, self._fingerprint, self.average)
+            loaded = load_state(
+                self.accelerator, self.state, self.scheduler, self._fingerprint, self.average, self.shards
+            )
             self.progress = resumed_from = loaded
             self.data.dataset.leave_out(loaded.unreadable)
             logger.info(f"Resumed from {self.state} after {self.progress.step} steps.")
@@ -164,6 +181,7 @@ class DetectionTrainer:
         last = self.run_directory.last
         if not interrupted:
             self._require_finite()
+            self._gather()
             save_model(self.accelerator, last, self._save_model, self.progress.last_metrics)
         result = self._result(interrupted, None if interrupted else str(last))
         if self.accelerator.is_main_process and not interrupted:
@@ -249,19 +267,24 @@ class DetectionTrainer:
             self._note_unreadable(batch.pop("unreadable"))
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             # Gradients are averaged over processes once, in the backward pass of the last batch.
-            with nullcontext() if index == count - 1 else self.accelerator.no_sync(self.model):
+            with nullcontext() if index == count - 1 else self._without_reduction():
                 loss, terms, problem = self._loss(batch)
                 stop |= self._agree_to_go_on(loss, terms, problem)
                 self.accelerator.backward(loss / count)
             self.log.add({"loss": loss, **terms}, images=len(batch["pixel_values"]))
         max_norm = self.options.clip_max_norm or float("inf")
-        self._grad_norm = self.accelerator.clip_grad_norm_(self.parameters, max_norm)
+        self._grad_norm = whole(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
         self.log.add({"grad_norm": self._grad_norm})
         self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
+            self._gather()
             self.average.update(self.progress.step + 1)
         return stop
+
+    def _without_reduction(self) -> AbstractContextManager:
+        """Within, gradients are added up on each process and not averaged over all."""
+        return self.accelerator.no_sync(self.model) if self.shards is None else self.shards.without_reduction()
 
     def _note_unreadable(self, images: dict[int, str]) -> None:
         """Say once of an image that it cannot be read, and leave it out from here on, in a resumed run too."""
@@ -272,10 +295,12 @@ class DetectionTrainer:
 
     def _loss(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], str]:
         """Loss, its terms, and what is wrong with the predictions, if they are too broken to have a loss."""
+        autocast = nullcontext() if self.shards is None else self.accelerator.autocast()  # prepared models have it
         try:
-            outputs = self.model(
-                pixel_values=batch["pixel_values"], pixel_mask=batch.get("pixel_mask"), labels=batch["labels"]
-            )
+            with autocast:
+                outputs = self.model(
+                    pixel_values=batch["pixel_values"], pixel_mask=batch.get("pixel_mask"), labels=batch["labels"]
+                )
         except FloatingPointError as error:
             return torch.full((), torch.nan, device=self.accelerator.device), {}, str(error)
         return outputs.loss, outputs.loss_dict, ""
@@ -341,6 +366,7 @@ class DetectionTrainer:
     def _evaluate(self) -> None:
         """Evaluate what would be saved, and keep it if it is among the best."""
         progress = self.progress
+        self._gather()
         for model in self._models:
             for buffer in model.buffers():  # batch norm statistics of the main process, whose model is saved
                 broadcast(buffer)
@@ -356,6 +382,11 @@ class DetectionTrainer:
             logger.info(f"Epoch {epochs_done:g}: AP {as_percent(without['ap']).strip()} without the average")
         epoch = progress.epoch + bool(progress.batches)  # one that is under way counts
         self.best_models.offer(progress, epoch, metrics, self._save_model)
+
+    def _gather(self) -> None:
+        """Bring what is evaluated and saved up to date, if it is a copy; every process must call this."""
+        if self.shards is not None:
+            self.shards.gather()
 
     def _metrics_of(self, model: PreTrainedModel) -> dict[str, float]:
         options = self.options
@@ -382,7 +413,9 @@ class DetectionTrainer:
         tensors |= {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for number, state in enumerate(self.optimizer.state.values()):
             tensors |= {f"{name} of the optimizer ({number})": value for name, value in state.items()}
-        tensors = {name: t.detach() for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()}
+        tensors = {
+            name: own_part(t.detach()) for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()
+        }
         finite = torch.stack([tensor.isfinite().all().to(self.accelerator.device) for tensor in tensors.values()])
         if self.accelerator.reduce((~finite).float(), reduction="sum").any():
             broken = [name for name, fine in zip(tensors, finite.tolist(), strict=True) if not fine]
@@ -404,6 +437,7 @@ class DetectionTrainer:
             self._fingerprint,
             dataclasses.replace(self.computation, threads=self.threads.threads).to_dict(),
             self.average,
+            self.shards,
         )
 
     def _save_model(self, directory: Path) -> None:
