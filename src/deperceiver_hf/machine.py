@@ -112,7 +112,9 @@ def make_accelerator(device: str = "auto", **arguments: Any) -> Accelerator:
     if device != "auto" and accelerator.device.type != chosen.type:
         raise UserError(f"device {device!r} was asked for, but accelerate takes {str(accelerator.device)!r} here.")
     if accelerator.is_main_process:
-        _say_processes(accelerator)
+        processes_launched()
+        count = accelerator.num_processes
+        logger.info(f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}.")
     return accelerator
 
 
@@ -131,17 +133,17 @@ def is_sharding_asked_for() -> bool:
     return True
 
 
-def _say_processes(accelerator: Accelerator) -> None:
-    count = accelerator.num_processes
-    logger.info(f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}.")
+def processes_launched() -> int:
+    """How many processes a launcher has started to work together. A warning says if it was asked for more than one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
     # accelerate gives processes an address to meet at, and starts a single one that does not know of it.
-    launched_alone = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ
-    if count == 1 and launched_alone:
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ:
         logger.warning(
             "`accelerate launch` was asked for several processes and has started one: it starts several for several "
             "GPUs, and on a CPU only if it is told --multi_gpu, whatever the name says, or by "
             "`torchrun --nproc_per_node N`."
         )
+    return count
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
