@@ -127,7 +127,7 @@ def evaluate_detector(
         (_with_data_labels(detections, labels) for detections in detected), key=lambda detections: detections.image_id
     )
     own_ids = [data.own_image_id(int(detections.image_id)) for detections in found]
-    scores = [_score(found, data, how) if accelerator.is_main_process else None]
+    scores = [score_detections(found, data, how) if accelerator.is_main_process else None]
     metrics = broadcast_object_list(scores)[0]
     per_class = metrics.pop("per_class")
     return EvaluationResult(
@@ -336,7 +336,8 @@ def _with_data_labels(detections: Detections, table: np.ndarray) -> Detections:
     return replace(detections, scores=detections.scores[known], labels=labels[known], boxes=detections.boxes[known])
 
 
-def _score(found: list[Detections], data: DetectionData, how: EvaluationOptions) -> dict:
+def score_detections(found: list[Detections], data: DetectionData, how: EvaluationOptions) -> dict:
+    """What `CocoDetectionMetric` says of detections with the data set's labels, one of each image, in order of ids."""
     metric = CocoDetectionMetric(
         data.label_names, max_detections=how.max_detections, area_boundaries=how.area_boundaries
     )
