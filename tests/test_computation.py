@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run computes is chosen once, and taken over when it is resumed."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import PartialState
 
 from deperceiver_hf.machine import AttentionShape
 from deperceiver_hf.training import DetectionTrainer, computation
-from deperceiver_hf.training.computation import ThreadWatch, attention_shape
+from deperceiver_hf.training.computation import Float32Depthwise, ThreadWatch, attention_shape
 from training_runs import TINY_ARCHITECTURES, TINY_DETR, tiny_options
 
 
@@ -89,3 +91,33 @@ def test_threads_stay_where_they_are_said_or_do_not_matter(monkeypatch, threads,
     for seconds in [0.1] * 50 + [1.0] * 50:
         watch.after_step(seconds)
     assert (watch.threads, torch.get_num_threads()) == (4, 4)
+
+
+def test_depthwise_convolutions_train_in_float32_under_autocast():
+    def gradients(model, dtype):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = model(images)
+        assert output.dtype == dtype
+        model.zero_grad()
+        output.float().square().mean().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    torch.manual_seed(0)
+    images = torch.rand(2, 16, 12, 12)
+    plain = torch.nn.Conv2d(16, 16, 5, padding=2, groups=16)
+    hooked = copy.deepcopy(plain)
+    Float32Depthwise.of(torch.nn.Sequential(hooked, torch.nn.Conv2d(16, 16, 1)))
+    copied = copy.deepcopy(hooked)
+    exact = gradients(plain, torch.float32)
+    rounded = gradients(plain, torch.bfloat16)
+    for model in (hooked, copied):
+        for ours, best, worse in zip(gradients(model, torch.bfloat16), exact, rounded, strict=True):
+            assert (ours - best).abs().max() < 0.5 * (worse - best).abs().max()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(hooked(images), plain(images), rtol=0, atol=0)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError):
+            hooked(torch.rand(1, 7, 12, 12))
+        assert torch.is_autocast_enabled("cpu")  # the convolution has failed in between
+        assert hooked(images).dtype == torch.bfloat16

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import (
     MODEL_FOR_OBJECT_DETECTION_MAPPING,
@@ -479,6 +480,9 @@ def test_a_run_trains_what_is_pretrained_at_its_own_rate_and_resumes(saved, tmp_
     assert processor.do_normalize is False
     assert model.config.start_from == {"name": "d_fine", "license": "apache-2.0"}
     assert "disc" in model.config.id2label.values()
+    card = ModelCard.load(tmp_path / "run" / "last" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert "Backbone and encoder started from `d_fine`, the rest from random numbers." in card.text
     final = weights_of(run)
 
     with monkeypatch.context() as patch:

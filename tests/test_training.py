@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import sys
 from itertools import pairwise
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from torch.optim.lr_scheduler import StepLR
 from torchvision import tv_tensors
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
@@ -152,6 +154,39 @@ def test_best_models_are_kept_ready_to_use(tmp_path, scripted_ap):
     assert model.config.id2label == run.data.train.id2label
     processor = AutoImageProcessor.from_pretrained(tmp_path / "best")
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (64, 107)
+
+
+def test_models_carry_a_card_of_where_they_come_from(tmp_path, scripted_ap):
+    scripted_ap(0.25, 0.5, 0.5)
+
+    def train(name, model=TINY_DEPERCEIVER):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        DetectionTrainer(tiny_options(tmp_path / name, model, epochs=1, eval_every=1, max_train_samples=4)).train()
+        return ModelCard.load(tmp_path / name / "best" / "README.md")
+
+    new = train("new")
+    assert (new.data.license, new.data.pipeline_tag, new.data.base_model) == ("apache-2.0", "object-detection", None)
+    assert new.data.model_name == "new"
+    assert [(result.metric_type, result.metric_value) for result in new.data.eval_results] == [("ap", 25.0)]
+    assert "All weights started from random numbers." in new.text
+    assert "trained for 2 steps of 2 images" in new.text
+    assert "max_train_samples: 4" in new.text
+    assert str(tmp_path) not in new.content
+
+    card = tmp_path / "new" / "last" / "README.md"
+    card.write_text("---\nlicense: cc-by-nc-4.0\n---\n", encoding="utf-8")
+    tuned = train("tuned", {"model": str(tmp_path / "new" / "last")})
+    assert tuned.data.license == "cc-by-nc-4.0"
+    assert "All weights started from `last`." in tuned.text
+    assert "is cc-by-nc-4.0." in tuned.text
+    assert str(tmp_path) not in tuned.content
+
+    copy = tmp_path / "without-card"
+    shutil.copytree(tmp_path / "new" / "last", copy)
+    (copy / "README.md").unlink()
+    unknown = train("unknown", {"model": str(copy)})
+    assert unknown.data.license is None
+    assert "states no licence" in unknown.text
 
 
 def test_saved_processor_normalises_as_the_backbone_expects_and_fine_tuning_keeps_that(tmp_path, caplog):

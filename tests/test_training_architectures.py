@@ -353,6 +353,19 @@ def test_groups_of_queries_are_of_training_only(tmp_path, architecture):
 
 
 @pytest.mark.parametrize("architecture", GROUPS)
+def test_layers_behind_the_features_of_a_saved_model_are_frozen(tmp_path, architecture):
+    model = make(architecture, tmp_path).train()
+    model.config.backbone_config.out_indices = [2, 4]  # of six layers, as of a detector that counts the embeddings
+    model = type(model)(model.config).train()
+    ARCHITECTURES[architecture].prepare_saved(model)
+    model(pixel_values=torch.randn(2, 3, 64, 64), labels=targets()).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert any(".layer.3." in name for name in trained)
+    assert not any(f".layer.{layer}." in name for layer in (4, 5) for name in trained)
+
+
+@pytest.mark.parametrize("architecture", GROUPS)
 def test_certain_scores_have_a_finite_loss(tmp_path, architecture):
     model = make(architecture, tmp_path).train()
     with torch.no_grad():

@@ -6,7 +6,7 @@ What it says is for a terminal: see [`printable`].
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -69,3 +69,16 @@ def printable(text: str, keep: str = "") -> str:
         else character
         for place, character in enumerate(text)
     )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]], labelled: bool = True) -> str:
+    """A Markdown table of numbers, the first column of which are labels."""
+    alignment = ["---" if labelled and not column else "---:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, alignment, *rows))
+
+
+def plural(count: int, noun: str) -> str:
+    """A number of things in words."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -2,20 +2,15 @@
 """Reports of measurements: one row per model, as JSON or as a Markdown table; what draws their pictures."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..jobs import markdown_table
 from ..output_files import atomic_path, require_writable_file, write_json
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]], labelled: bool = True) -> str:
-    """A Markdown table of numbers, the first column of which are labels."""
-    alignment = ["---" if labelled and not column else "---:" for column in range(len(header))]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, alignment, *rows))
 
 
 def require_matplotlib() -> None:

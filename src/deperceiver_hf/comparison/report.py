@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ..benchmarks.report import markdown_table
 from ..errors import FAILURE_CODE
+from ..jobs import markdown_table
 from ..output_files import atomic_path, write_json
 from .arguments import ComparisonOptions
 from .results import RunResult, read_runs

@@ -5,7 +5,7 @@ One module writes the cards of each architecture. Figures of the architecture ar
 accuracy appears only if an evaluation is given.
 """
 
-from .evaluations import Evaluation, read_evaluation
+from ..evaluation.cards import Evaluation, read_evaluation
 from .writing import CARDS, MEASURED_FILE, make_model_card, write_model_cards
 
 __all__ = ["CARDS", "MEASURED_FILE", "Evaluation", "make_model_card", "read_evaluation", "write_model_cards"]

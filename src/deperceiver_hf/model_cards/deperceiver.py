@@ -8,14 +8,14 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..benchmarks.cost import Cost, count_cost
-from ..benchmarks.report import markdown_table
 from ..benchmarks.variants import PAPER_NUM_LATENTS, SCALES, deperceiver_variant, make_variant
 from ..data.coco_categories import COCO_CATEGORIES
+from ..evaluation.cards import METRIC_NAMES, Evaluation, card_metadata
+from ..jobs import markdown_table, plural
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.modeling_deperceiver import DePerceiverForObjectDetection
 from ..training.recipes import read_recipe
-from .evaluations import METRIC_NAMES, Evaluation, card_metadata
-from .tables import IMAGE_SIZE, cost_table, describe_backbone, plural
+from .tables import IMAGE_SIZE, cost_table, describe_backbone
 
 RECIPE = "coco-deperceiver"
 # "DePerceiver: Improving Small Object Detection in DETR", COCO val2017, 50 epochs, ResNet-50.
@@ -155,7 +155,7 @@ def make_deperceiver_card(
     on_coco = set(COCO_CATEGORIES.values()) <= set(config.id2label.values()) or (scale and converted_from is None)
     tags = ["deperceiver", "perceiver-io", "detr"]
     return ModelCard.from_template(
-        card_metadata(name, tags, evaluations, on_coco=bool(on_coco)),
+        card_metadata(name, tags, evaluations, datasets=["coco"] if on_coco else ()),
         template_str=TEMPLATE,
         name=name,
         config=config,

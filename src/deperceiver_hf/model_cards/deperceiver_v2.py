@@ -13,11 +13,12 @@ from ..benchmarks.cost import Cost, count_cost
 from ..benchmarks.variants import deperceiver_v2_variant, make_detr
 from ..data.coco_categories import COCO_CATEGORIES
 from ..errors import UserError
+from ..evaluation.cards import Evaluation, card_metadata
+from ..jobs import plural
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..models.detector_features_deperceiver_v2 import detector_family
 from ..models.modeling_deperceiver_v2 import DePerceiverV2ForObjectDetection
-from .evaluations import Evaluation, card_metadata
-from .tables import IMAGE_SIZE, cost_table, describe_backbone, plural
+from .tables import IMAGE_SIZE, cost_table, describe_backbone
 
 LOSSES = {
     "focal": "focal loss",
@@ -215,7 +216,9 @@ def make_deperceiver_v2_card(
     on_coco = preset is not None or set(COCO_CATEGORIES.values()) <= set(config.id2label.values())
     tags = ["deperceiver", "deperceiver-v2", "perceiver-io", "detr"]
     return ModelCard.from_template(
-        card_metadata(name, tags, evaluations, on_coco=on_coco, start_from=origin if from_detector else None),
+        card_metadata(
+            name, tags, evaluations, datasets=["coco"] if on_coco else (), origin=origin if from_detector else None
+        ),
         template_str=TEMPLATE,
         name=name,
         config=config,

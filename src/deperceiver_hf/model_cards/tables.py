@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..benchmarks.cost import Cost
-from ..benchmarks.report import markdown_table
+from ..jobs import markdown_table
 from ..models.configuration_backbone_deperceiver import DePerceiverBackboneConfig
 
 IMAGE_SIZE = (800, 1333)  # height, width: the largest that the image processors make by default
@@ -36,10 +36,3 @@ def describe_backbone(config: DePerceiverBackboneConfig) -> str:
         else f"feature map of stride {last}"
     )
     return f"`{name}`, {text}{', last stage dilated' if config.dilation else ''}"
-
-
-def plural(count: int, noun: str) -> str:
-    """A number of things in words."""
-    if count == 1:
-        return f"1 {noun}"
-    return f"{count} {noun}{'es' if noun.endswith('s') else 's'}"

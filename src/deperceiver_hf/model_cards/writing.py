@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard
 
 from ..benchmarks.variants import SCALES, deperceiver_v2_variant, deperceiver_variant
 from ..errors import UserError
+from ..evaluation.cards import Evaluation, read_evaluation
 from ..models.configuration_deperceiver import DePerceiverConfig
 from ..models.configuration_deperceiver_v2 import PRESETS, DePerceiverV2Config
 from ..output_files import as_path, atomic_path, write_json
 from .deperceiver import make_deperceiver_card
 from .deperceiver_v2 import make_deperceiver_v2_card
-from .evaluations import Evaluation, read_evaluation
 
 MEASURED_FILE = "measured.json"
 

@@ -25,9 +25,10 @@ from .arguments import TrainingOptions
 from .averaging import WeightAverage
 from .building import build_model, training_mode
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
-from .computation import ThreadWatch, choose_computation
+from .computation import Float32Depthwise, ThreadWatch, choose_computation
 from .feature_cache import FeatureCache
 from .interruption import StopRequest
+from .model_card import CARD_FILE, make_card_of_run
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .recipes import write_options
 from .reporting import TrainingLog, TrainingResult
@@ -95,6 +96,7 @@ class DetectionTrainer:
         self.computation = choose_computation(options, self.accelerator, model.config, self.state)
         if self.computation.attention is not None:
             model.set_attn_implementation(self.computation.attention)
+        Float32Depthwise.of(model)
         self.threads = ThreadWatch(self.accelerator.device, self.computation.threads, most_threads)
         torch.set_num_threads(self.computation.threads)
         set_seed(options.seed, device_specific=True)  # different dropout on each
@@ -441,9 +443,14 @@ class DetectionTrainer:
         )
 
     def _save_model(self, directory: Path) -> None:
-        """Write the model as it is evaluated."""
-        self._models[0].save_pretrained(directory)
-        self.data.image_processor.save_pretrained(directory)
+        """Write the model as it is evaluated, and its card."""
+        model, data = self._models[0], self.data
+        model.save_pretrained(directory)
+        data.image_processor.save_pretrained(directory)
+        card = make_card_of_run(
+            model.config, self.options, data.train, data.evaluation, self.progress, self.accelerator.num_processes
+        )
+        (directory / CARD_FILE).write_text(f"{card}\n", encoding="utf-8")
 
     def _result(self, interrupted: bool, last_model: str | None) -> TrainingResult:
         best = self.progress.best[0] if self.progress.best else None

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UserError
+from ...models.detector_features_deperceiver_v2 import NEVER_USED
 from ...models.image_processing_deperceiver_v2 import DePerceiverV2ImageProcessor
 from .architecture import common_fields, new_config, scalars
 from .backbones import TransformersArchitecture, backbone_of, keep_boxes_in_float32
@@ -153,6 +154,16 @@ class GroupDetrArchitecture(TransformersArchitecture):
         if weights is not None:
             load_vision_transformer(backbone_of(model), weights, self.backbone_names)
         return model
+
+    def prepare_saved(self, model: PreTrainedModel) -> None:
+        """Freeze what gets no gradient: the layers behind the last one whose features are taken (detectors on the Hub
+        count theirs from the embeddings on), and what only the pretraining of the backbone uses."""
+        backbone = backbone_of(model)
+        for layer in backbone.get_submodule("encoder.layer")[max(model.config.backbone_config.out_indices) :]:
+            layer.requires_grad_(False)
+        for name, parameter in backbone.named_parameters():
+            if name.endswith(NEVER_USED):
+                parameter.requires_grad_(False)
 
     @torch.no_grad()
     def prepare_new(self, model: PreTrainedModel, options: ModelOptions) -> None:

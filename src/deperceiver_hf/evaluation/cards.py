@@ -8,11 +8,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..benchmarks.report import markdown_table
 from ..errors import UserError
-from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
-from ..evaluation.report import EvaluationReport
-from .tables import plural
+from ..jobs import markdown_table, plural
+from .coco_metric import COCO_MAX_DETECTIONS
+from .report import EvaluationReport
 
 # Key in an evaluation, name in a card.
 METRIC_NAMES = {
@@ -72,7 +71,7 @@ def read_evaluation(path: str | os.PathLike) -> Evaluation:
     counted = (report.settings or {}).get("max_detections")
     return Evaluation(
         metrics,
-        _dataset_name(report.dataset),
+        public_name(report.dataset),
         report.split,
         report.num_images,
         report.date,
@@ -84,8 +83,8 @@ def card_metadata(
     name: str,
     tags: Sequence[str],
     evaluations: Sequence[Evaluation],
-    on_coco: bool,
-    start_from: Mapping[str, str] | None = None,
+    datasets: Sequence[str] = (),
+    origin: Mapping[str, str] | None = None,
 ) -> ModelCardData:
     """Metadata of a card.
 
@@ -93,13 +92,13 @@ def card_metadata(
         name: Of the model.
         tags: Besides those of all detectors.
         evaluations: What was measured. Without any there is no `model-index`.
-        on_coco: The model is trained on COCO.
-        start_from: `name` and `license` of the detector that the weights started from, if there was one: its licence
-            is the model's.
+        datasets: Ids, on the Hub, of the data that the model is trained on.
+        origin: `name` and `license` of the detector that the weights started from, if there was one: its licence is
+            the model's.
     """
     license: str | None = "apache-2.0"
-    if start_from is not None:
-        license = None if start_from["license"] == "unknown" else start_from["license"]
+    if origin is not None:
+        license = None if origin["license"] == "unknown" else origin["license"]
     results = [
         EvalResult(
             task_type="object-detection",
@@ -115,17 +114,22 @@ def card_metadata(
     ]
     return ModelCardData(
         license=license,
-        base_model=start_from["name"] if start_from is not None and "/" in start_from["name"] else None,
+        base_model=origin["name"] if origin is not None and is_hub_id(origin["name"]) else None,
         library_name="transformers",
         pipeline_tag="object-detection",
         tags=["object-detection", "vision", *tags],
-        datasets=["coco"] if on_coco else None,
+        datasets=list(datasets) or None,
         model_name=name if evaluations else None,
         eval_results=results or None,
     )
 
 
-def _dataset_name(dataset: str) -> str:
-    """The name of a directory or, as it is, a Hub id."""
-    is_path = dataset.startswith((".", "~", "/")) or dataset.count("/") > 1
-    return Path(dataset).expanduser().resolve().name if is_path else dataset.rstrip("/")
+def is_hub_id(source: str) -> bool:
+    """Whether a name may be one on the Hub, `owner/name`, and is no path."""
+    return source.count("/") == 1 and not source.startswith((".", "~", "/")) and not Path(source).exists()
+
+
+def public_name(source: str) -> str:
+    """The name of a directory without its place on this machine; other names, such as ids on the Hub, as they are."""
+    is_path = source.startswith((".", "~", "/")) or source.count("/") > 1 or ("/" in source and Path(source).exists())
+    return Path(source).expanduser().resolve().name if is_path else source.rstrip("/")
