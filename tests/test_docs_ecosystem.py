@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands import launch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForObjectDetection, HfArgumentParser, TrainingArguments
 
 from coco_samples import write_coco
