@@ -15,9 +15,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.commands import launch
 
 from deperceiver_hf.machine import find_device, is_sharding_asked_for, make_accelerator
+from deperceiver_hf.training.sharding import ModelShards
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate"
@@ -107,6 +109,14 @@ def test_sharding_of_another_kind_is_refused(monkeypatch, variable, value, remed
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=remedy):
         make_accelerator("cpu")
+
+
+@pytest.mark.parametrize(
+    ("processes", "precision", "message"), [(1, "no", "there is one; launch more"), (2, "fp16", "bf16 or no")]
+)
+def test_shards_that_are_not_there_are_refused(processes, precision, message):
+    with pytest.raises(ValueError, match=message):
+        ModelShards(torch.nn.Linear(1, 1), SimpleNamespace(num_processes=processes, mixed_precision=precision))
 
 
 def test_launcher_that_starts_one_of_several_processes_is_told_on(dry_run, monkeypatch, caplog):

@@ -96,7 +96,7 @@ def test_example_trains_and_ends_with_a_model_for_the_pipeline(run):
     assert [entry["step"] for entry in evaluations] == [3, 6, 6]
     assert run.trainer.state.best_metric == max(entry["eval_ap"] for entry in evaluations)
     names = {category["name"] for category in CATEGORIES[1:3]}
-    assert {f"eval_ap_{name}" for name in names} <= evaluations[0].keys()
+    assert {f"eval_ap_of_{name}" for name in names} <= evaluations[0].keys()
     before = load_file(run.directory / "model" / "model.safetensors")
     after = load_file(run.output / "checkpoint-6" / "model.safetensors")
     heads = [name for name in after if before[name].shape != after[name].shape]
@@ -131,7 +131,7 @@ def test_scores_in_the_trainer_are_those_of_our_evaluation(run, tmp_path):
     run.trainer.compute_metrics = TrainerMetrics(data, processor)
     theirs = run.trainer.evaluate(DetectionDataset(data))  # batches of 4 and 2, in which images are padded
     assert {name: theirs[f"eval_{name}"] for name in ours.metrics} == pytest.approx(ours.metrics, abs=1e-9)
-    assert {name: theirs[f"eval_ap_{name}"] for name in ours.per_class} == pytest.approx(ours.per_class, abs=1e-9)
+    assert {name: theirs[f"eval_ap_of_{name}"] for name in ours.per_class} == pytest.approx(ours.per_class, abs=1e-9)
     run.trainer.compute_metrics = TrainerMetrics(data, processor, max_detections=(1, 2))
     assert run.trainer.evaluate(DetectionDataset(data))["eval_ap"] < theirs["eval_ap"]
 

@@ -242,15 +242,19 @@ class _Detector:
             raise FloatingPointError(
                 f"The model predicts numbers that are not finite, for image_id {listing(i.image_id for i in images)}."
             )
-        post_process = self.image_processor.post_process_object_detection
-        # The metric is of boxes as predicted; other processors do not clip them.
-        as_predicted = {"clip": False} if "clip" in inspect.signature(post_process).parameters else {}
-        sizes = [image.size for image in images]
-        found = post_process(outputs, threshold=0.0, target_sizes=sizes, **as_predicted)
+        found = detections_as_predicted(self.image_processor, outputs, [image.size for image in images])
         return [
             Detections(image.image_id, **{key: columns[key].cpu().numpy() for key in ("scores", "labels", "boxes")})
             for image, columns in zip(images, found, strict=True)
         ]
+
+
+def detections_as_predicted(image_processor: Any, outputs: Any, sizes: list[tuple[int, int]]) -> list[dict]:
+    """`scores`, `labels` and `boxes` of every query on each image, of (height, width): the metric is of boxes as they
+    are predicted, which DePerceiver's processors clip to the image if nobody asks them not to, and others do not."""
+    post_process = image_processor.post_process_object_detection
+    as_predicted = {"clip": False} if "clip" in inspect.signature(post_process).parameters else {}
+    return post_process(outputs, threshold=0.0, target_sizes=sizes, **as_predicted)
 
 
 def _on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -117,6 +117,7 @@ class DetectionTrainer:
             FeatureCache(*(backbone_of(model) for model in (*self._models, self._trained_model)))
 
     def _prepare(self) -> None:
+        """Let accelerate put model and optimizer on the device, and wrap the model for several processes."""
         with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)

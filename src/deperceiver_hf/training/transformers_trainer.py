@@ -13,7 +13,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from ..data import DetectionCollator, DetectionData, DetectionDataset
 from ..data.detections import Detections
 from ..errors import UserError
-from ..evaluation.evaluator import score_detections
+from ..evaluation.evaluator import detections_as_predicted, score_detections
 from ..evaluation.options import EvaluationOptions
 
 IMAGE_IDS = "image_ids"
@@ -57,7 +57,7 @@ class TrainerMetrics:
         self._sizes = {row["image_id"]: (row["height"], row["width"]) for row in columns}
 
     def __call__(self, results: EvalPrediction) -> dict[str, float]:
-        """The numbers by name, as `Trainer` logs them.
+        """The numbers by name, as `Trainer` logs them; `ap_of_NAME` is that of a class.
 
         Raises:
             ValueError: The `Trainer` was not given `TRAINING_ARGUMENTS`.
@@ -71,15 +71,16 @@ class TrainerMetrics:
         for (_, logits, boxes, *_), image_ids in zip(results.predictions, results.label_ids, strict=True):
             ids = image_ids.tolist()
             outputs = SimpleNamespace(logits=torch.tensor(logits).float(), pred_boxes=torch.tensor(boxes).float())
-            detected = self._image_processor.post_process_object_detection(
-                outputs, threshold=0.0, target_sizes=[self._sizes[image_id] for image_id in ids], clip=False
-            )
+            sizes = [self._sizes[image_id] for image_id in ids]
+            detected = detections_as_predicted(self._image_processor, outputs, sizes)
             for image_id, columns in zip(ids, detected, strict=True):
-                found[image_id] = Detections(image_id, **{name: columns[name].numpy() for name in columns})
+                found[image_id] = Detections(
+                    image_id, **{name: columns[name].numpy() for name in ("scores", "labels", "boxes")}
+                )
         ordered = [found[image_id] for image_id in sorted(found)]
         metrics = score_detections(ordered, self._data, self._options)
         per_class = metrics.pop("per_class")
-        return metrics | {f"ap_{name}": ap for name, ap in per_class.items() if ap is not None}
+        return metrics | {f"ap_of_{name}": ap for name, ap in per_class.items() if ap is not None}
 
 
 class AugmentationEpochs(TrainerCallback):
