@@ -26,8 +26,20 @@ CLOCK = ("seconds", "images_per_second")
 
 
 def run(output_dir: Path, resume: str | None = None) -> None:
-    """Evaluates twice and keeps the best model only, so that models are made, replaced and deleted."""
-    options = tiny_options(output_dir, eval_every=1, save_top_k=1, max_train_samples=8, checkpointing_steps=3)
+    """Evaluates twice and keeps the best model only, so that models are made, replaced and deleted; it has an average
+    of the weights, draws pictures, and ends before its time because the AP does not improve."""
+    options = tiny_options(
+        output_dir,
+        epochs=9,
+        eval_every=1,
+        save_top_k=1,
+        max_train_samples=8,
+        checkpointing_steps=3,
+        ema_decay=0.5,
+        early_stopping_patience=2,
+        early_stopping_threshold=1.0,
+        pictures=2,
+    )
     options.resume = resume
     DetectionTrainer(options).train()
 
@@ -89,7 +101,7 @@ def contents(output_dir: Path) -> dict[str, object]:
             found[name] = [{key: line[key] for key in line if key not in CLOCK} for line in lines]
         elif path.name == "training_state.json":
             state = json.loads(path.read_text(encoding="utf-8"))
-            found[name] = {key: state["progress"][key] for key in ("step", "epoch", "batches", "closed_step", "best")}
+            found[name] = {key: state["progress"][key] for key in state["progress"] if key != "seconds"}
         elif path.name not in ("summary.json", "options.yaml"):
             found[name] = path.read_bytes()
         else:

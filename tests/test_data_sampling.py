@@ -9,7 +9,7 @@ import torch
 from transformers.image_utils import SizeDict
 
 from deperceiver_hf.data import TrainingBatchSampler, same_size_batches
-from deperceiver_hf.data.sampling import ASPECT_RATIO_EDGES
+from deperceiver_hf.data.sampling import ASPECT_RATIO_EDGES, repeat_factors
 from deperceiver_hf.models.detection_processing_deperceiver import resized_size
 
 
@@ -110,3 +110,45 @@ def test_evaluation_batches_are_of_one_size_and_hold_every_image_once(batch_size
     for batch in batches:
         assert 1 <= len(batch) <= batch_size
         assert len({resized_size(sizes[index], SizeDict(**size)) for index in batch}) == 1
+
+
+def test_repeat_factors_are_those_of_lvis():
+    labels = [[0], [0, 0], [0, 1], [0, 2], [], [0], [0], [0]]
+    # Class 0 is on 7 of 8 images, 1 and 2 on one each.
+    factors = repeat_factors(labels, threshold=0.5)
+    assert factors == pytest.approx([1, 1, 2, 2, 1, 1, 1, 1])
+    assert repeat_factors(labels, threshold=0.1) == pytest.approx([1] * 8)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        repeat_factors(labels, threshold=0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_images_come_as_often_as_their_factors_say_and_epochs_are_of_one_length(grouped):
+    repeats = np.ones(40)
+    repeats[:3] = [2.0, 1.5, 3.25]
+    repeats[10] = 1.25
+
+    def batches(epoch, **process):
+        images = Images(40)
+        images.epoch = epoch
+        return list(TrainingBatchSampler(images, 4, group_by_aspect_ratio=grouped, repeats=repeats, **process))
+
+    counts = np.zeros(40)
+    for epoch in range(400):
+        shares = batches(epoch)
+        assert len(shares) == 11  # 44 images
+        keys = [key for batch in shares for key in batch]
+        assert len(set(keys)) == len(keys) == 44
+        assert all(key.repeat == 0 or key._replace(repeat=key.repeat - 1) in keys for key in keys)
+        counts += np.bincount([key.place for key in keys], minlength=40)
+    assert counts / 400 == pytest.approx(repeats, abs=0.08)
+    if not grouped:
+        shares = [batches(3, process_index=rank, num_processes=2) for rank in range(2)]
+        assert shares == [batches(3)[0:10:2], batches(3)[1:10:2]]
+
+
+def test_whether_a_batch_is_plain_is_asked_when_it_is_loaded():
+    sampler = TrainingBatchSampler(Images(12), 2, process_index=1, num_processes=2, is_plain=lambda batch: batch >= 2)
+    assert [{key.plain for key in batch} for batch in sampler] == [{False}, {False}, {True}]
+    sampler.set_epoch(0, skip=1)
+    assert [{key.plain for key in batch} for batch in sampler] == [{False}, {True}]

@@ -19,7 +19,9 @@ import torch
 from accelerate.commands import launch
 
 from deperceiver_hf.machine import find_device, is_sharding_asked_for, make_accelerator
+from deperceiver_hf.training.setup import create_accelerator
 from deperceiver_hf.training.sharding import ModelShards
+from training_runs import tiny_options
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate"
@@ -117,6 +119,12 @@ def test_sharding_of_another_kind_is_refused(monkeypatch, variable, value, remed
 def test_shards_that_are_not_there_are_refused(processes, precision, message):
     with pytest.raises(ValueError, match=message):
         ModelShards(torch.nn.Linear(1, 1), SimpleNamespace(num_processes=processes, mixed_precision=precision))
+
+
+def test_muon_is_not_for_shards(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="give --optimizer adamw"):
+        create_accelerator(tiny_options(tmp_path, optimizer="muon"))
 
 
 def test_launcher_that_starts_one_of_several_processes_is_told_on(dry_run, monkeypatch, caplog):

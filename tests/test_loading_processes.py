@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deperceiver_hf.data.sampling import _Worker, iterating, make_loader
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 
 START = """import multiprocessing
@@ -92,7 +94,7 @@ def members(group: int) -> list[int]:
 
 def training(data: Path, model: Path, output: Path, *options: object) -> list:
     command = ["train", "--model", model, "--dataset", data, "--output_dir", output, "--batch_size", 4, "--lr", "1e-4"]
-    return [*command, "--num_workers", 2, "--augmentation", "none", "--log_every", 1, *options]
+    return [*command, "--num_workers", 2, "--augmentation", "none", "--log_every", 1, "--pictures", 0, *options]
 
 
 def evaluation(data: Path, model: Path, output: Path, *options: object) -> list:
@@ -210,3 +212,20 @@ def test_processes_that_load_end_with_a_killed_command(data, cat_and_dog, tmp_pa
     while members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert members(process.pid) == []
+
+
+class _HitBeforeItIgnores(_Worker):
+    """A process that gets a SIGTERM in its first moments."""
+
+    def __call__(self, worker_id: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().__call__(worker_id)
+
+
+def test_a_signal_to_a_process_that_has_just_started_is_ignored():
+    loader = make_loader([1, 2, 3, 4], [[0, 1], [2, 3]], list, num_workers=1)
+    loader.worker_init_fn = _HitBeforeItIgnores()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with iterating(loader) as batches:
+        assert list(batches) == [[1, 2], [3, 4]]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -184,3 +184,57 @@ def test_threads_are_chosen_unless_the_environment_says(monkeypatch):
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+GIB = 2**30
+UNLIMITED = {"memory.max": "max", "memory.current": f"{GIB}", "memory.stat": "inactive_file 0"}
+
+
+def group(limit: int, usage: int, cached: int, version: int = 2) -> dict[str, str]:
+    if version == 2:
+        return {
+            "memory.max": f"{limit}\n",
+            "memory.high": "max\n",
+            "memory.current": f"{usage}\n",
+            "memory.stat": f"anon 5\ninactive_file {cached}\n",
+        }
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    stat = {"memory.stat": f"inactive_file 1\ntotal_inactive_file {cached}\n"}
+    return {name: f"{value}\n" for name, value in zip(names, (limit, usage), strict=True)} | stat
+
+
+CONTROL_GROUPS = {
+    "none": ("", {}, []),
+    "own group": ("0::/job\n", {"job": group(4 * GIB, 3 * GIB, GIB)}, [2 * GIB]),
+    "a group above is narrower": (
+        "0::/user/job\n",
+        {"user/job": group(8 * GIB, GIB, 0), "user": group(4 * GIB, 2 * GIB, 0), "": UNLIMITED},
+        [2 * GIB, 7 * GIB],
+    ),
+    "a container that sees its group as the top one": ("0::/../other\n", {"": group(3 * GIB, GIB, 0)}, [2 * GIB]),
+    "version 1": (
+        "5:cpu:/x\n4:memory:/docker/5b3\n0::/\n",
+        {"memory": group(2 * GIB, GIB, 0, version=1), "memory/docker": {}},
+        [GIB],
+    ),
+    "no limit": ("0::/job\n", {"job": UNLIMITED}, []),
+}
+
+
+@pytest.mark.parametrize("name", CONTROL_GROUPS)
+def test_memory_is_that_of_the_container(tmp_path, monkeypatch, name):
+    listed, groups, expected = CONTROL_GROUPS[name]
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(listed)
+    for path, files in groups.items():
+        directory = tmp_path / "sys" / "fs" / "cgroup" / path
+        directory.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (directory / file).write_text(text)
+    left = machine._left_by_control_groups(tmp_path)
+    assert sorted(left) == expected
+    monkeypatch.setattr(machine, "_left_by_control_groups", lambda: left)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    own = machine.psutil.virtual_memory()
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: own)
+    assert machine.available_memory() == min([own.available, *expected]) // 2

@@ -22,7 +22,7 @@ from torchvision import tv_tensors
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from deperceiver_hf.backbone_weights import IMAGENET_PREPROCESSING
-from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
+from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, pace
 from deperceiver_hf.training.optimization import create_scheduler, learning_rates
 from deperceiver_hf.training.setup import TrainingData, create_accelerator
 from training_runs import (
@@ -348,7 +348,7 @@ class Clock:
             return original(run, batch)
 
         monkeypatch.setattr(DetectionTrainer, "_loss", loss_of_ten_seconds)
-        monkeypatch.setattr(trainer, "time", self)
+        monkeypatch.setattr(pace, "time", self)
 
     def perf_counter(self) -> float:
         return self.now
@@ -399,8 +399,8 @@ def test_gradient_is_clipped_by_norm(tmp_path, max_norm):
     run.model.train()
     run.optimizer_step(iter([run.data.collate([run.data.dataset[0]])]), 1)
     norm = torch.linalg.vector_norm(torch.stack([parameter.grad.norm() for parameter in run.parameters]))
-    assert run._grad_norm > 1
-    torch.testing.assert_close(norm, torch.tensor(max_norm) if max_norm else run._grad_norm, rtol=1e-4, atol=0)
+    assert run.guard.grad_norm > 1
+    torch.testing.assert_close(norm, torch.tensor(max_norm) if max_norm else run.guard.grad_norm, rtol=1e-4, atol=0)
 
 
 def test_backbone_has_its_own_learning_rate_and_none_freezes_it(tmp_path):

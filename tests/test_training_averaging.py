@@ -98,8 +98,8 @@ def test_weights_are_evaluated_with_and_without_their_average(tmp_path):
     options = {"ema_decay": 0.9, "eval_every": 1, "epochs": 1, "eval_without_ema": True}
     run = DetectionTrainer(tiny_options(tmp_path, V2, **options))
     seen = []
-    evaluate = run._metrics_of
-    run._metrics_of = lambda model: seen.append(model) or evaluate(model)
+    evaluate = run._evaluated
+    run._evaluated = lambda model: seen.append(model) or evaluate(model)
     run.train()
     assert seen == [run.average.model, run.accelerator.unwrap_model(run.model)]
     (averaged,), (plain,) = (read_log(tmp_path, kind) for kind in ("eval", "eval_without_ema"))

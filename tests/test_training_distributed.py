@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.evaluation.evaluator import evaluate_detector
-from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, trainer
+from deperceiver_hf.training import DetectionTrainer, NonFiniteLossError, pace
 from deperceiver_hf.training.optimization import learning_rates
 from training_runs import TINY_DEPERCEIVER, read_log, tiny_options
 
@@ -58,7 +58,7 @@ def work(directory: Path) -> None:
         scratch.model.module.state_dict(), directory / f"scratch-{scratch.accelerator.process_index}.safetensors"
     )
     if scratch.accelerator.process_index == 1:
-        trainer.time = SimpleNamespace(perf_counter=lambda: 0.0)  # its clock stands still
+        pace.time = SimpleNamespace(perf_counter=lambda: 0.0)  # its clock stands still
     timed = DetectionTrainer(
         run_options(directory / "timed", epochs=1000, max_minutes=0.01, lr_scheduler="linear", eval_every=0)
     )

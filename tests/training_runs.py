@@ -64,6 +64,7 @@ def tiny_options(output_dir: Path, model: dict[str, Any] = TINY_DEPERCEIVER, **o
         "epochs": 2,
         "eval_every": 0,
         "log_every": 1,
+        "pictures": 0,
         "lr": 1e-3,
     }
     # The same numbers whatever the machine is fast in.

@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import patch_environment, str_to_bool
+from accelerate.utils import get_int_from_env, patch_environment, str_to_bool
 from transformers.utils import logging
 
 from .errors import UserError
@@ -30,6 +31,8 @@ PACKAGES = ("deperceiver-hf", "torch", "torchvision", "transformers", "accelerat
 PRECISIONS = ("no", "fp16", "bf16")
 LARGEST_MEASURED = 2e6  # weights of an attention that is measured; of a larger one a part of the batch is
 CLEARLY_FASTER = 0.95  # of the time of what is taken otherwise
+# As launchers call it: how many processes of a run are on this machine.
+PROCESSES_HERE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 HALF_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What `accelerate launch` says of sharding in the environment, what it may say, and what to tell it.
 SHARDING = {
@@ -273,6 +276,62 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of what results depend on."""
     return {name: version(name) for name in PACKAGES}
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this process may still take: its share of what the machine has, or of what is left to
+    its container or job (Linux control groups of both versions), if that is less. All processes of a run on this
+    machine have equal shares."""
+    left = [psutil.virtual_memory().available, *_left_by_control_groups()]
+    return max(0, min(left)) // max(1, get_int_from_env(PROCESSES_HERE, 1))
+
+
+class _MemoryFiles(NamedTuple):
+    """Where a version of control groups says what memory a group may take and takes."""
+
+    mount: str
+    limits: tuple[str, ...]
+    usage: str
+    reclaimable: str  # in `memory.stat`: cached files, which count as used and are given back when they are in the way
+
+
+_CONTROL_GROUPS = {
+    "": _MemoryFiles("sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    "memory": _MemoryFiles(
+        "sys/fs/cgroup/memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
+    ),
+}
+
+
+def _left_by_control_groups(root: Path = Path("/")) -> list[int]:
+    """What each group that this process is in leaves, in bytes; groups without a limit are not among them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
+    except OSError:  # no Linux
+        return []
+    left = []
+    for line in lines:  # such as 0::/user.slice/job, or 4:memory:/docker/5b3...
+        _, _, kinds_and_path = line.partition(":")
+        kinds, _, own = kinds_and_path.partition(":")
+        files = next((files for kind, files in _CONTROL_GROUPS.items() if kind in kinds.split(",")), None)
+        if files is None:
+            continue
+        # A container may see its own group as the top one, whatever its path outside: groups that are not there are
+        # none of its business.
+        group = Path(own.lstrip("/"))
+        for directory in {root / files.mount / part for part in (group, *group.parents)}:
+            with suppress(OSError, ValueError):
+                left.append(_left_by(directory, files))
+    return left
+
+
+def _left_by(directory: Path, files: _MemoryFiles) -> int:
+    """Raises an `OSError` or `ValueError` if the group has no limit."""
+    limits = [(directory / name).read_text("utf-8").strip() for name in files.limits if (directory / name).is_file()]
+    limit = min(int(text) for text in limits if text != "max")
+    numbers = dict(line.split() for line in (directory / "memory.stat").read_text("utf-8").splitlines())
+    usage = int((directory / files.usage).read_text("utf-8"))
+    return limit - usage + int(numbers.get(files.reclaimable, 0))
 
 
 class AttentionShape(NamedTuple):

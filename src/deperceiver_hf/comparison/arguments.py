@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..output_files import as_path
 from ..training import TrainingOptions
 from ..training.architectures import ModelOptions
-from ..training.arguments import make_parser
+from ..training.arguments import AUTOMATIC, make_parser
 
 DEFAULT_LR = 1e-4
 MANY_EPOCHS = 1_000_000  # more than steps or time allow
@@ -125,6 +125,8 @@ class ComparisonOptions:
         for name in DECIDED_HERE:
             if name in self.shared:
                 raise UserError(f"--{name} is no option of a comparison: {DECIDED_HERE[name]}.")
+        if self.shared.get("batch_size") == AUTOMATIC:
+            raise UserError("--batch_size auto would give each model another batch; give a number.")
         if self.shared.get("eval_every") == 0:
             raise UserError("--eval_every 0: a comparison needs evaluations.")
         for model in self.models:
@@ -176,6 +178,7 @@ class ComparisonOptions:
             "max_minutes": minutes,
             "max_steps": steps,
             "save_top_k": 0,
+            "pictures": 0,
         }
         try:
             return TrainingOptions(**given, **decided)

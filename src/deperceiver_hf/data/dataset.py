@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From records to batches: the torch data set, and the collation by the image processor."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +16,25 @@ from torchvision.transforms.v2 import functional as F
 from ..errors import UserError
 from .boxes import xywh_to_xyxy, xyxy_to_xywh
 from .images import UnreadableImageError, decode_rgb, limit_pixels
+from .mixing import ImageMixing
 from .records import DetectionData
 
 BAD_IMAGE_POLICIES = ("skip", "stop")
 MOST_UNREADABLE = 0.1  # of the images, but at least a few: more are no bad images but a bad disk
+
+
+class SampleKey(NamedTuple):
+    """Which sample of a [`DetectionDataset`].
+
+    Attributes:
+        place: of the image in the data.
+        repeat: how often it came before in the epoch.
+        plain: whether it is not to be mixed with others.
+    """
+
+    place: int
+    repeat: int = 0
+    plain: bool = False
 
 
 class DetectionDataset(Dataset):
@@ -27,14 +44,15 @@ class DetectionDataset(Dataset):
     "area", "iscrowd"}, ...]}}`: uint8 RGB of shape (3, H, W), and what a DETR-style image processor takes; `bbox` is
     xywh in pixels of this image, `category_id` the label.
 
-    The random numbers of the transforms depend on (seed, epoch, index) only: the sample is the same whichever process
-    or worker makes it, in whichever order, and after a resume.
+    The random numbers of the transforms depend on (seed, epoch, index) only, and on the repeat of a [`SampleKey`]: the
+    sample is the same whichever process or worker makes it, in whichever order, and after a resume.
 
     Args:
         data: the records.
         transforms: a v2 transform of the samples described in `transforms`, or `None` to leave images as they are,
             with crowds, for evaluation.
         seed: of the augmentation.
+        mixing: puts other images into an image before its transforms; the item then has `"mixed_with"`, their ids.
         cache_images: keep every image as it is decoded or painted, 3 bytes a pixel, for the next time that it is asked
             for. Each process keeps its own: worker processes forget theirs when they end.
         on_bad_image: what becomes of an image that cannot be read although its header could. `"stop"` raises
@@ -49,6 +67,7 @@ class DetectionDataset(Dataset):
         transforms: Callable | None = None,
         seed: int = 0,
         *,
+        mixing: ImageMixing | None = None,
         cache_images: bool = False,
         on_bad_image: str = "stop",
         max_image_pixels: int | None = None,
@@ -59,6 +78,7 @@ class DetectionDataset(Dataset):
         self.on_bad_image = on_bad_image
         self.max_image_pixels = max_image_pixels
         self.transforms = transforms
+        self.mixing = mixing
         self.seed = seed
         # Worker processes that live through several epochs see the new epoch through shared memory.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -86,6 +106,11 @@ class DetectionDataset(Dataset):
         """The id of the image at a place."""
         return self._rows_without_image[index]["image_id"]
 
+    def image_path(self, index: int) -> str | None:
+        """The file of the image at a place; `None` of an image that is in no file of its own."""
+        image = self._rows[index]["image"]
+        return image.get("path") if isinstance(image, dict) else None
+
     @property
     def aspect_ratios(self) -> np.ndarray:
         """Width / height of every image, before the transforms."""
@@ -99,9 +124,32 @@ class DetectionDataset(Dataset):
         """Take other images for these, as for those that cannot be read."""
         self._unreadable[torch.tensor(list(indices), dtype=torch.int64)] = True
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]  # an IndexError ends a loop over the data set
+    def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
+        key = key if isinstance(key, SampleKey) else SampleKey(key)
+        key = key._replace(place=range(len(self))[key.place])  # an IndexError ends a loop over the data set
         unreadable: dict[int, str] = {}
+        mixed_with: list[int] = []
+        sample, image_id = self._sample_or_next(key.place, unreadable)
+        with self._random_numbers_of(key):
+            if self.mixing is not None and not key.plain:
+                sample = self.mixing(sample, partial(self._draw, unreadable, mixed_with))
+            if self.transforms is not None:
+                sample = self.transforms(sample)
+        return {
+            "image": sample["image"],
+            "annotations": _to_coco(sample, image_id),
+            **({"unreadable": unreadable} if unreadable else {}),
+            **({"mixed_with": mixed_with} if mixed_with else {}),
+        }
+
+    def _draw(self, unreadable: dict[int, str], drawn: list[int]) -> dict[str, Any]:
+        """A random sample as it is in the data; its id is added to `drawn`."""
+        sample, image_id = self._sample_or_next(int(torch.randint(len(self), ())), unreadable)
+        drawn.append(image_id)
+        return sample
+
+    def _sample_or_next(self, index: int, unreadable: dict[int, str]) -> tuple[dict[str, Any], int]:
+        """[`_load_or_next`] as a sample of `transforms`, and its image's id."""
         row, image = self._load_or_next(index, unreadable)
         objects = row["objects"]
         boxes = torch.from_numpy(xywh_to_xyxy(objects["bbox"]))  # added up in float64, rounded once
@@ -112,13 +160,7 @@ class DetectionDataset(Dataset):
             "area": torch.tensor(objects["area"], dtype=torch.float32),
             "iscrowd": torch.tensor(objects["iscrowd"], dtype=torch.bool),
         }
-        if self.transforms is not None:
-            sample = self._transform(sample, index)
-        return {
-            "image": sample["image"],
-            "annotations": _to_coco(sample, row["image_id"]),
-            **({"unreadable": unreadable} if unreadable else {}),
-        }
+        return sample, row["image_id"]
 
     def _load_or_next(self, index: int, unreadable: dict[int, str]) -> tuple[dict[str, Any], tv_tensors.Image]:
         """[`_load`] of the first image from `index` on that can be read; the others are entered in `unreadable`."""
@@ -161,11 +203,13 @@ class DetectionDataset(Dataset):
             self._images[index] = image.clone()
         return row, image
 
-    def _transform(self, sample: dict[str, Any], index: int) -> dict[str, Any]:
-        state = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
+    @contextmanager
+    def _random_numbers_of(self, key: SampleKey) -> Iterator[None]:
+        numbers = (self.seed, self.epoch, key.place, *([key.repeat] if key.repeat else []))
+        state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(state[0] >> 1))  # the CPU's alone: workers must not touch CUDA
-            return sample if self.transforms is None else self.transforms(sample)
+            yield
 
 
 def _to_coco(sample: dict[str, Any], image_id: int) -> dict[str, Any]:
@@ -192,7 +236,8 @@ class DetectionCollator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """`pixel_values` (B, 3, H, W), `pixel_mask` (B, H, W), `labels`, a list of dictionaries of tensors, and
-        `unreadable`, the images that others have taken the place of (index in the data set: reason)."""
+        `unreadable`, the images that others have taken the place of (index in the data set: reason). Where images were
+        mixed also `mixed_with`, the ids of the others by the image's own."""
         batch = self.image_processor(
             images=[item["image"].as_subclass(torch.Tensor) for item in items],
             annotations=[item["annotations"] for item in items],
@@ -202,4 +247,10 @@ class DetectionCollator:
             return_tensors="pt",
         )
         unreadable = {index: reason for item in items for index, reason in item.get("unreadable", {}).items()}
-        return {**batch, "labels": [dict(label) for label in batch["labels"]], "unreadable": unreadable}
+        mixed = {item["annotations"]["image_id"]: item["mixed_with"] for item in items if "mixed_with" in item}
+        return {
+            **batch,
+            "labels": [dict(label) for label in batch["labels"]],
+            "unreadable": unreadable,
+            **({"mixed_with": mixed} if mixed else {}),
+        }

@@ -189,8 +189,8 @@ class RandomZoom(v2.Transform):
         top, left = _randint(0, height - crop_height), _randint(0, width - crop_width)
         cropped = {key: F.crop(sample[key], top, left, crop_height, crop_width) for key in ("image", "boxes")}
         boxes = F.clamp_bounding_boxes(cropped["boxes"])
-        visible = _box_areas(boxes) >= LEAST_VISIBLE_AREA * _box_areas(sample["boxes"])
-        return _select_objects({**sample, "image": cropped["image"], "boxes": boxes}, visible)
+        visible = visible_enough(boxes, sample["boxes"])
+        return select_objects({**sample, "image": cropped["image"], "boxes": boxes}, visible)
 
 
 class TransposeSquare(v2.Transform):
@@ -215,7 +215,7 @@ class DropCrowds(v2.Transform):
     """Leave out the objects that stand for a crowd."""
 
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
-        return _select_objects(sample, ~sample["iscrowd"])
+        return select_objects(sample, ~sample["iscrowd"])
 
 
 class DropEmptyBoxes(v2.Transform):
@@ -228,7 +228,7 @@ class DropEmptyBoxes(v2.Transform):
     def forward(self, sample: dict[str, Any]) -> dict[str, Any]:
         sides = _box_sides(sample["boxes"])
         sample = {**sample, "area": sides.prod(dim=1)}
-        return _select_objects(sample, (sides > 0).all(dim=1))
+        return select_objects(sample, (sides > 0).all(dim=1))
 
 
 def _box_sides(boxes: torch.Tensor) -> torch.Tensor:
@@ -239,6 +239,12 @@ def _box_areas(boxes: torch.Tensor) -> torch.Tensor:
     return _box_sides(boxes).prod(dim=1)
 
 
-def _select_objects(sample: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:
+def visible_enough(cropped: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Which objects are still targets after a crop, (n,) bool, by their boxes (n, 4) after and before it."""
+    return _box_areas(cropped) >= LEAST_VISIBLE_AREA * _box_areas(whole)
+
+
+def select_objects(sample: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:
+    """A sample with those of its objects that a (n,) bool tensor says."""
     boxes = tv_tensors.wrap(sample["boxes"][keep], like=sample["boxes"])
     return {**sample, "boxes": boxes, **{key: sample[key][keep] for key in ("labels", "area", "iscrowd")}}

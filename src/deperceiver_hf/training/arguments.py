@@ -23,6 +23,10 @@ from .architectures import ARCHITECTURES, ModelOptions
 from .architectures.options import DEFAULT_IMAGE_SIZE
 from .declaration import Options, declared, option
 
+AUTOMATIC: Any = "auto"  # in the place of a number that the run chooses
+DEFAULT_DECAY_FRACTION = 0.4
+DEFAULT_PLAIN_FRACTION = 0.2
+
 
 @dataclass
 class DataOptions(Options):
@@ -60,6 +64,23 @@ class DataOptions(Options):
         "crop and change of colours, always at full size; crop_any_orientation: the same for images without an up.",
         "original",
     )
+    mosaic: float | None = option(
+        "Probability (0 to 1) that a training image becomes a quarter of a mosaic of four; 0 if not given.", at_least=0
+    )
+    mixup: float | None = option(
+        "Probability (0 to 1) that a training image is blended with another one, with the objects of both; 0 if not "
+        "given.",
+        at_least=0,
+    )
+    plain_fraction: float | None = option(
+        "Last part of the training (0 to 1), by steps or by --max_minutes, without --mosaic and --mixup; 0.2 if not "
+        "given.",
+        at_least=0,
+    )
+    repeat_factor_threshold: float | None = option(
+        "Take images with rare classes more often: a class that is on less than this part of the images (such as 0.1; "
+        "0 to 1) by the square root of how many times less. The epochs become longer.",
+    )
     cache_images: bool = option(
         "Keep decoded images in memory, 3 bytes a pixel, for small data sets; needs --num_workers 0.",
         False,
@@ -70,7 +91,12 @@ class DataOptions(Options):
         "pays with a fixed size and --augmentation flip or none.",
         False,
     )
-    batch_size: int = option("Images in a batch of one process.", 2, at_least=1)
+    batch_size: int = option(
+        "Images in a batch of one process; auto: as many of --images_per_step as fit into memory, the rest in further "
+        "batches of the same step.",
+        2,
+        at_least=1,
+    )
     num_workers: int = option(
         "Processes that load images, for each training process.", 2, at_least=0, resume_may_change=True
     )
@@ -89,6 +115,16 @@ class DataOptions(Options):
     )
     max_train_samples: int | None = option("Train on the first images only.", at_least=1)
     max_eval_samples: int | None = option("Evaluate on the first images only.", at_least=1, resume_may_change=True)
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether training images are made of several."""
+        return bool(self.mosaic or self.mixup)
+
+    @property
+    def has_automatic_batch_size(self) -> bool:
+        """Whether the run is still to choose its batch size."""
+        return self.batch_size == AUTOMATIC
 
     def image_size(self, default: dict[str, int] = DEFAULT_IMAGE_SIZE) -> dict[str, int]:
         """Shortest and longest edge of the images, or height and width if they are fixed; what options do not give is
@@ -119,7 +155,10 @@ class OptimizationOptions(Options):
 
     lr: float = option("Learning rate.", 1e-4, at_least=0, comparison_hint="give --lrs, or lr=... in --models")
     lr_backbone: float = option("Learning rate of the backbone; 0 freezes it.", 1e-5, at_least=0)
-    weight_decay: float = option("Weight decay of AdamW.", 1e-4, at_least=0)
+    optimizer: Literal["adamw", "muon"] | None = option(
+        "muon: Muon for the weights of linear layers, AdamW for all else; adamw, if not given, for all."
+    )
+    weight_decay: float = option("Weight decay, decoupled as in AdamW.", 1e-4, at_least=0)
     clip_max_norm: float = option("Clip the gradient to this norm; 0 does not clip.", 0.1, at_least=0)
     epochs: int = option(
         "Passes over the training set.",
@@ -152,6 +191,11 @@ class OptimizationOptions(Options):
     warmup_steps: int = option("Optimizer steps over which the rate rises from 0.", 0, at_least=0)
     gradient_accumulation_steps: int = option(
         "Batches whose gradients are averaged into one optimizer step.", 1, at_least=1
+    )
+    images_per_step: int | None = option(
+        "Images of one process in an optimizer step, with --batch_size auto; as many as in the recipe, or 16, if not "
+        "given.",
+        at_least=1,
     )
     # Of a resumed run, what these three lead to is compared.
     amp: bool = option("Mixed precision in float16 (in bfloat16 with --use_bfloat).", False, resume_may_change=True)
@@ -215,6 +259,19 @@ class RunOptions(Options):
     eval_without_ema: bool = option(
         "With --ema_decay, evaluate the weights themselves, too, in each evaluation.", False, resume_may_change=True
     )
+    early_stopping_patience: int | None = option(
+        "End the training after so many evaluations in a row without a better AP; with --lr_scheduler wsd the rate "
+        "then decays first.",
+        at_least=1,
+        resume_may_change=True,
+        comparison_hint="every model has the budget of --steps or --minutes",
+    )
+    early_stopping_threshold: float = option(
+        "What an AP (0 to 1) must exceed the best one by to count as better, with --early_stopping_patience.",
+        0.0,
+        at_least=0,
+        resume_may_change=True,
+    )
     save_top_k: int = option(
         "How many models of the highest AP to keep.",
         3,
@@ -241,6 +298,15 @@ class RunOptions(Options):
     )
     log_every: int = option(
         "Optimizer steps between two lines of the log.", 50, at_least=1, resume_may_change=True, harmless=True
+    )
+    pictures: int = option(
+        "Validation images to draw at each evaluation with predictions beside the truth, in predictions/ and for the "
+        "trackers; with 0, curves.png is not drawn either.",
+        16,
+        at_least=0,
+        resume_may_change=True,
+        harmless=True,
+        comparison_hint="a comparison draws what its report shows",
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
@@ -288,6 +354,21 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             self.refuse(["shortest_edge", "longest_edge"], "images have the height and width of --fixed_size.")
         if self.cache_features and self.lr_backbone:
             raise UserError("--cache_features keeps what a frozen backbone makes of an image: give --lr_backbone 0.")
+        if self.has_automatic_batch_size:
+            self.refuse(["gradient_accumulation_steps"], "--batch_size auto decides it; give --images_per_step.")
+        else:
+            self.refuse(["images_per_step"], "belongs to --batch_size auto.")
+        for name in ("mosaic", "mixup", "plain_fraction"):
+            if (getattr(self, name) or 0) > 1:
+                raise UserError(f"--{name} is a part of 1, not {getattr(self, name)}.")
+        if not self.mixes_images:
+            self.refuse(["plain_fraction"], "ends --mosaic and --mixup, and neither is given.")
+        if self.mixes_images and self.cache_features:
+            raise UserError("--cache_features needs images that come again, which --mosaic and --mixup do not make.")
+        if self.repeat_factor_threshold is not None and not 0 < self.repeat_factor_threshold <= 1:
+            raise UserError(
+                f"--repeat_factor_threshold must be more than 0 and at most 1, not {self.repeat_factor_threshold}."
+            )
         if self.cache_images and self.num_workers:
             raise UserError(
                 f"--cache_images keeps images in the training process, but --num_workers {self.num_workers} would "
@@ -326,15 +407,27 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             raise UserError("--overwrite_output_dir would delete what --resume continues; give one of them.")
         if self.eval_steps is not None:
             self.refuse(["eval_every"], "counts epochs, --eval_steps counts steps; give one of them.")
+        self._check_early_stopping()
         self.output_dir = self.directory
+
+    def _check_early_stopping(self) -> None:
+        if self.early_stopping_patience is None:
+            self.refuse(["early_stopping_threshold"], "belongs to --early_stopping_patience, which is not given.")
+        elif not (self.eval_every or self.eval_steps):
+            raise UserError("--early_stopping_patience counts evaluations, but --eval_every 0 makes none.")
+        elif self.decay_fraction == 1:
+            raise UserError(
+                "--early_stopping_patience ends the constant part of wsd, but --decay_fraction 1 leaves none."
+            )
 
 
 def make_parser(**options: Any) -> HfArgumentParser:
     """The parser of the training command, one argument group for each dataclass above; options are argparse's."""
     # Which architectures there are is known here only: their modules need the options themselves.
     model_options = ModelOptions.for_parser(architecture=Literal[tuple(ARCHITECTURES)] | None)
+    data_options = DataOptions.for_parser(batch_size=_number_or_auto)
     return HfArgumentParser(
-        [model_options, *(group.for_parser() for group in (DataOptions, OptimizationOptions, RunOptions))],
+        [model_options, data_options, *(group.for_parser() for group in (OptimizationOptions, RunOptions))],
         description="Train DePerceiver, or another detector for comparison. Starts plainly or by `accelerate launch`.",
         usage="%(prog)s [options]",
         formatter_class=_HelpFormatter,
@@ -351,6 +444,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainingOptions: 
         return TrainingOptions(**vars(namespace))
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def _number_or_auto(text: str) -> Any:
+    if text == AUTOMATIC:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {AUTOMATIC}") from None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -50,6 +50,10 @@ class TrainingProgress:
     best: list[SavedModel] = field(default_factory=list)  # best first
     last_metrics: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
     unreadable: list[int] = field(default_factory=list)  # images that could not be read, by their place in the data
+    reference_ap: float = -1.0  # that a later evaluation has to exceed, or it counts as one without improvement
+    stale_evaluations: int = 0  # in a row, without improvement
+    decay_from: int | None = None  # step after which the rate decays because the AP had ceased to improve
+    overflows: int = 0  # steps in a row that the scaler of float16 has skipped
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -95,7 +95,9 @@ class Options:
         """Raise a `ValueError` if an option is less than it may be, or not a number."""
         for name, facts in self.facts().items():
             value = getattr(self, name)
-            if facts.at_least is not None and value is not None and not value >= facts.at_least:
+            if facts.at_least is None or value is None or value == "auto":
+                continue
+            if not value >= facts.at_least:
                 raise UserError(f"--{name} must be at least {facts.at_least}, not {value}.")
 
 

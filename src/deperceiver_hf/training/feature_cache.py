@@ -8,11 +8,12 @@ with crops or changes of colour.
 import hashlib
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers.utils import logging
+
+from ..machine import available_memory
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +39,7 @@ class FeatureCache:
             raise ValueError("only the features of a frozen backbone can be kept, but some of its parameters train")
         self._forward = backbones[0].forward
         self._kept: dict[bytes, tuple[list[Any], TreeSpec]] = {}
-        self._bytes_left = int(SHARE_OF_MEMORY * psutil.virtual_memory().available)
+        self._bytes_left = int(SHARE_OF_MEMORY * available_memory())
         for backbone in backbones:
             backbone.forward = self.forward
 

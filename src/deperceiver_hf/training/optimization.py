@@ -9,32 +9,55 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from .arguments import TrainingOptions
+from .arguments import DEFAULT_DECAY_FRACTION, TrainingOptions
 from .building import backbone_parameters
+from .muon import MuonAndAdamW
 
 DEFAULT_LR_DROP = 33
-DEFAULT_DECAY_FRACTION = 0.4
 
 
 def create_optimizer(model: PreTrainedModel, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW with a group "model" and, unless all of it is frozen, a group "backbone" of its own learning rate.
+    """AdamW with a group "model" and, unless all of it is frozen, a group "backbone" of its own learning rate; with
+    `muon`, each has a second group of its matrices (see `hidden_matrices`).
 
     Raises:
         ValueError: The model has no parameter to train.
     """
     backbone = backbone_parameters(model)
+    matrices = hidden_matrices(model) if options.optimizer == "muon" else set()
     groups = [
         {
-            "name": "model",
-            "params": [p for name, p in model.named_parameters() if p.requires_grad and name not in backbone],
-            "lr": options.lr,
-        },
-        {"name": "backbone", "params": [p for p in backbone.values() if p.requires_grad], "lr": options.lr_backbone},
+            "name": "backbone" if in_backbone else "model",
+            "lr": options.lr_backbone if in_backbone else options.lr,
+            "muon": muon,
+            "params": [
+                p
+                for name, p in model.named_parameters()
+                if p.requires_grad and (name in backbone, name in matrices) == (in_backbone, muon)
+            ],
+        }
+        for in_backbone in (False, True)
+        for muon in (False, True)
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise UserError("every parameter of the model is frozen: there is nothing to train.")
-    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
+    shared = {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "muon":
+        return MuonAndAdamW(groups, **shared)
+    for group in groups:
+        del group["muon"]
+    return torch.optim.AdamW(groups, fused=True, **shared)
+
+
+def hidden_matrices(model: PreTrainedModel) -> set[str]:
+    """Names of the weights of linear layers between others: of those whose outputs are scores or boxes none."""
+    outputs = (4, model.config.num_labels, model.config.num_labels + 1)
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features not in outputs
+    }
 
 
 def create_scheduler(
@@ -43,6 +66,7 @@ def create_scheduler(
     steps_per_epoch: int,
     total_steps: int,
     time_used: Callable[[], float] = lambda: 0.0,
+    early_decay: Callable[[], tuple[int, int] | None] = lambda: None,
 ) -> LambdaLR:
     """Learning rate for each optimizer step; call `.step()` after each.
 
@@ -53,6 +77,7 @@ def create_scheduler(
 
     Args:
         time_used: Gives the part of the time allowed that is over, in [0, 1]; the same on all processes.
+        early_decay: Gives first and last step of a decay of `wsd` that begins before its time, if one does.
     """
     warmup = options.warmup_steps
     steps_per_drop = steps_per_epoch * (options.lr_drop or DEFAULT_LR_DROP)
@@ -70,7 +95,9 @@ def create_scheduler(
             case "cosine":
                 return warm * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left / falling_steps)))
             case "wsd":
-                return warm * min(1.0, left / decay_steps)
+                start, end = early_decay() or (0, 0)
+                early = 1.0 if end == 0 else max(0, end - step) / (end - start)
+                return warm * min(1.0, left / decay_steps, early)
         return warm
 
     return LambdaLR(optimizer, factor)

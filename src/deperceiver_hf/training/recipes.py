@@ -19,7 +19,7 @@ import yaml
 from ..errors import UserError
 from ..output_files import as_path, atomic_path
 from .architectures.options import BROUGHT_BY_DETECTOR
-from .arguments import TrainingOptions, make_parser
+from .arguments import AUTOMATIC, TrainingOptions, make_parser
 
 SUFFIX = ".yaml"
 # Options that would contradict one that is given beside the recipe.
@@ -91,9 +91,10 @@ def recipe_arguments(name: str, given: Mapping[str, Any] | None = None) -> list[
     Args:
         name: Of a recipe of the package, or path of a file.
         given: Options beside the recipe. What they contradict is left out: with `model`, what the recipe says of a new
-            model; with another `architecture`, what that does not take; and see `CONTRADICTED_BY`.
+            model; with another `architecture`, what that does not take; and see `CONTRADICTED_BY`. With an automatic
+            `batch_size`, the images of its step stay those of the recipe.
     """
-    values = read_recipe(name)
+    values = _with_images_per_step(read_recipe(name), given or {})
     arguments = []
     contradicted = _contradicted(values, given or {})
     for key, value in values.items():
@@ -166,6 +167,18 @@ def _contradicted(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[st
         takers = {name: facts[name].of for name in values}
         contradicted |= {name for name, of in takers.items() if of is not None and changed["architecture"] not in of}
     return contradicted
+
+
+def _with_images_per_step(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe whose batches, if they are to be chosen anew, make steps of as many images."""
+    automatic = given.get("batch_size") == AUTOMATIC
+    if "batch_size" not in given or automatic == (values.get("batch_size", AUTOMATIC) == AUTOMATIC):
+        return values
+    if not automatic:
+        return {name: value for name, value in values.items() if name != "images_per_step"}
+    others = dict(values)
+    images = others.pop("batch_size") * others.pop("gradient_accumulation_steps", 1)
+    return others if "images_per_step" in given else {**others, "images_per_step": images}
 
 
 def _own_recipes() -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ..errors import INTERRUPTED_CODE
 from ..output_files import atomic_path
@@ -33,6 +32,7 @@ class TrainingResult:
         last_model: Directory of the model at the end; `None` if interrupted.
         metrics: Of the last evaluation.
         seconds: Spent training, over all resumptions.
+        stopped_early: The AP had ceased to improve, see `--early_stopping_patience`.
     """
 
     interrupted: bool
@@ -44,6 +44,7 @@ class TrainingResult:
     last_model: str | None
     metrics: dict[str, float]
     seconds: float
+    stopped_early: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -59,7 +60,8 @@ class TrainingResult:
         done = f"{self.step} steps ({self.epoch} epochs) in {self.seconds:.0f} s"
         if self.interrupted:
             return f"Interrupted after {done}. The state is in {self.state}: go on with --resume auto."
-        lines = [f"Trained {done}."]
+        why = ", fewer than allowed because the AP had ceased to improve" if self.stopped_early else ""
+        lines = [f"Trained {done}{why}."]
         if self.best_ap is not None:
             lines.append(f"Best AP {100 * self.best_ap:.2f}: {self.best_model}")
         elif self.metrics:
@@ -80,11 +82,15 @@ class TrainingLog:
         accelerator: With trackers, if there are any.
         path: Of the file.
         resumed_from: What a resumed run starts from; later lines of the file are taken back.
+
+    Attributes:
+        shown: What the progress bar shows of the last line.
     """
 
     def __init__(self, accelerator: Accelerator, path: Path, resumed_from: TrainingProgress | None = None):
         self.accelerator = accelerator
         self.path = path
+        self.shown: dict[str, str] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}
         self._images = 0
@@ -102,9 +108,7 @@ class TrainingLog:
             self._counts[name] = self._counts.get(name, zero) + finite
         self._images += images
 
-    def write_training(
-        self, progress: TrainingProgress, epoch: float, rates: dict[str, float], bar: tqdm | None = None
-    ) -> None:
+    def write_training(self, progress: TrainingProgress, epoch: float, rates: dict[str, float]) -> None:
         """Write the means since the last line; every process must call this."""
         if not self._sums:
             return
@@ -120,9 +124,8 @@ class TrainingLog:
             progress,
             {"epoch": round(epoch, 4), **means, **rates, "images_per_second": speed, "seconds": progress.seconds},
         )
-        if bar is not None:
-            shown = {name: means[name] for name in SHOWN if name in means}
-            bar.set_postfix({name: f"{value:.3g}" for name, value in (shown | rates).items() if value is not None})
+        shown = {name: means[name] for name in SHOWN if name in means} | rates | {"images/s": speed}
+        self.shown = {name: f"{value:.3g}" for name, value in shown.items() if value is not None}
 
     def write_evaluation(
         self, progress: TrainingProgress, epoch: float, metrics: dict[str, float], kind: str = "eval"

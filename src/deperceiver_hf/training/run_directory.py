@@ -9,6 +9,8 @@
         best -> epoch-003-step-400    (a copy where there are no symbolic links)
         last/                   the model at the end of training, with the same files
         metrics.jsonl           one line for each log interval and each evaluation
+        curves.png              what is in it, drawn
+        predictions/            the same validation images with what was detected: latest.jpg, best.jpg
         options.yaml            the options of the run, as a recipe that repeats it
         summary.json            written at the end
 
@@ -28,6 +30,7 @@ STATE_FILE = "training_state.json"  # in a training state
 METRICS_FILE = "metrics.json"  # in a model
 STATE_PATTERN = re.compile(r"state-(\d{8,})-(\d{4,})")
 MODEL_PATTERN = re.compile(r"epoch-(\d{3,})-step-(\d+)")
+PREDICTIONS = ("latest.jpg", "best.jpg")
 TEMPORARY_SUFFIX = ".incomplete"
 DELETED_SUFFIX = ".deleted"
 
@@ -38,6 +41,8 @@ class RunDirectory:
     Attributes:
         path: The output directory.
         log: Lines of numbers, JSON each.
+        curves: Picture of the log.
+        predictions: Directory of pictures of detections.
         options: What the run was told, as a recipe.
         summary: How the run ended; there is none before.
         best: Link to the model of the highest AP.
@@ -47,6 +52,8 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.log = self.path / "metrics.jsonl"
+        self.curves = self.path / "curves.png"
+        self.predictions = self.path / "predictions"
         self.options = self.path / "options.yaml"
         self.summary = self.path / "summary.json"
         self.best = self.path / "best"
@@ -94,6 +101,9 @@ class RunDirectory:
             other_model = MODEL_PATTERN.fullmatch(entry.name) and entry.name not in models
             if older_state or other_model or self._is_half_written(entry) or (entry == self.best and not models):
                 remove(entry)
+        for picture in self.predictions.iterdir() if self.predictions.is_dir() else ():
+            if any(is_temporary(picture, of=self.predictions / name) for name in PREDICTIONS):
+                remove(picture)
 
     def remove_states(self) -> None:
         """Delete all complete training states: the run cannot be resumed any more."""
@@ -121,13 +131,13 @@ class RunDirectory:
         return metrics[0].read_bytes() == metrics[1].read_bytes()
 
     def _is_half_written(self, path: Path) -> bool:
-        files = (self.log, self.options, self.summary, self.path / PROBE)
+        files = (self.log, self.curves, self.options, self.summary, self.path / PROBE)
         unfinished = path.name.endswith((TEMPORARY_SUFFIX, DELETED_SUFFIX))
         return unfinished or any(is_temporary(path, of=file) for file in files)
 
     def _is_ours(self, path: Path) -> bool:
         patterns = (STATE_PATTERN, MODEL_PATTERN)
-        named = (self.log, self.options, self.summary, self.best, self.last)
+        named = (self.log, self.curves, self.predictions, self.options, self.summary, self.best, self.last)
         matches = any(pattern.fullmatch(path.name) for pattern in patterns)
         return path in named or matches or self._is_half_written(path)
 

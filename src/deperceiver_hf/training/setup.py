@@ -25,10 +25,11 @@ from ..data import (
     load_detection_data,
     make_train_transforms,
 )
-from ..data.classes import with_labels_of
+from ..data.classes import listing, with_labels_of
 from ..data.images import limit_pixels
+from ..data.mixing import ImageMixing
 from ..data.plausibility import remarks_on_objects, require_objects
-from ..data.sampling import make_loader
+from ..data.sampling import make_loader, repeat_factors
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_MAX_DETECTIONS
@@ -52,7 +53,8 @@ class TrainingData:
         image_processor: Prepares images; saved with the model.
         dataset: `train` with its augmentation.
         collate: Makes a batch.
-        sampler: Chooses the images of this process's batches.
+        repeats: How often an epoch takes each image; `None` for once.
+        batches: Sampler of this process's batches; `None` before their size is chosen.
     """
 
     train: DetectionData
@@ -60,7 +62,8 @@ class TrainingData:
     image_processor: Any
     dataset: DetectionDataset
     collate: DetectionCollator
-    sampler: TrainingBatchSampler
+    repeats: np.ndarray | None
+    batches: TrainingBatchSampler | None
 
     @classmethod
     def load(cls, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
@@ -82,6 +85,10 @@ class TrainingData:
                 accelerator, partial(load_split, options.eval_split, max_samples=options.max_eval_samples)
             )
             evaluation = with_labels_of(train, evaluation)
+            if options.early_stopping_patience and evaluation.report.num_objects == evaluation.report.num_crowds:
+                raise UserError(
+                    f"--early_stopping_patience waits for a better AP, but {evaluation.name} has no object to find."
+                )
         image_processor = build_image_processor(options)
         unusual = _unusual_preprocessing(options, image_processor)
         if unusual.keys() & {"image_mean", "image_std"}:
@@ -99,19 +106,38 @@ class TrainingData:
             train,
             transforms,
             seed=options.seed,
+            mixing=ImageMixing(options.mosaic or 0.0, options.mixup or 0.0) if options.mixes_images else None,
             cache_images=options.cache_images,
             on_bad_image=options.on_bad_image,
             max_image_pixels=options.max_image_pixels,
         )
+        collate = DetectionCollator(image_processor, do_resize=False)
+        repeats = _repeats(train, options.repeat_factor_threshold)
+        loaded = cls(train, evaluation, image_processor, dataset, collate, repeats, None)
+        return loaded if options.has_automatic_batch_size else loaded.with_batches(options, accelerator)
+
+    def with_batches(self, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
+        """The same data with a sampler of this process's batches.
+
+        Raises:
+            ValueError: They are fewer images than a batch.
+        """
         sampler = TrainingBatchSampler(
-            dataset,
+            self.dataset,
             options.batch_size,
             group_by_aspect_ratio=options.group_by_aspect_ratio,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
+            repeats=self.repeats,
         )
-        collate = DetectionCollator(image_processor, do_resize=False)
-        return cls(train, evaluation, image_processor, dataset, collate, sampler)
+        return dataclasses.replace(self, batches=sampler)
+
+    @property
+    def sampler(self) -> TrainingBatchSampler:
+        """Chooses the images of this process's batches."""
+        if self.batches is None:
+            raise RuntimeError("the batch size has not been chosen yet")
+        return self.batches
 
     def remark_on_objects(self, num_queries: int) -> None:
         """Say what the objects of the data mean for a model with so many queries."""
@@ -133,6 +159,28 @@ class TrainingData:
         """This process's batches of an epoch, but for the first `skip`."""
         self.sampler.set_epoch(epoch, skip=skip)
         return make_loader(self.dataset, self.sampler, self.collate, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def _repeats(data: DetectionData, threshold: float | None) -> np.ndarray | None:
+    """How often an epoch takes each image, see `repeat_factors`; said in a line."""
+    if threshold is None:
+        return None
+    labels = [
+        [label for label, crowd in zip(objects["category"], objects["iscrowd"], strict=True) if not crowd]
+        for objects in data.dataset.with_format(None)["objects"]
+    ]
+    repeats = repeat_factors(labels, threshold)
+    alone = {  # the factor of a class is that of images with no other
+        name: float(repeats[[label in image for image in labels]].min())
+        for label, name in enumerate(data.label_names)
+        if any(label in image for image in labels)
+    }
+    rare = [f"{name} ({factor:.2g} times)" for name, factor in alone.items() if factor > 1]
+    logger.info(
+        f"An epoch takes {int(repeats.sum())} of {len(labels)} images, those with rare classes more than once: "
+        f"{listing(rare) if rare else f'none is on less than {threshold:g} of the images'}."
+    )
+    return repeats
 
 
 def _sizes_of(image_processor: Any) -> dict[str, Any]:
@@ -168,6 +216,8 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     if missing := sorted(set(trackers) - {"all", *available}):
         raise UserError(f"--report_to {' '.join(missing)}: not installed; try `pip install {' '.join(missing)}`.")
+    if options.optimizer == "muon" and is_sharding_asked_for():
+        raise UserError(f"--optimizer muon needs whole matrices, and {NAME} shards them; give --optimizer adamw.")
     precision = choose_precision(options.precision, find_device())
     accelerator = make_accelerator(
         mixed_precision=precision.name,

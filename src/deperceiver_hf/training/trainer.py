@@ -2,12 +2,11 @@
 """The training run itself: from options to the best models."""
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -17,33 +16,33 @@ from transformers import PreTrainedModel
 
 from ..data.sampling import iterating
 from ..evaluation.coco_metric import areas_of_sizes
-from ..evaluation.evaluator import InterruptedEvaluationError, as_percent, evaluate_detector
+from ..evaluation.evaluator import EvaluationResult, InterruptedEvaluationError, as_percent, evaluate_detector
 from ..machine import is_sharding_asked_for
 from ..output_files import require_writable_directory, write_json
 from .architectures.backbones import backbone_of
 from .arguments import TrainingOptions
 from .averaging import WeightAverage
+from .batch_size import fitting_batch_size, resumed_batch_size
 from .building import build_model, training_mode
 from .checkpoints import BestModels, TrainingProgress, find_resumed_state, load_state, save_model, save_state
 from .computation import Float32Depthwise, ThreadWatch, choose_computation
 from .feature_cache import FeatureCache
+from .finiteness import FinitenessGuard, NonFiniteLossError
 from .interruption import StopRequest
 from .model_card import CARD_FILE, make_card_of_run
 from .optimization import create_optimizer, create_scheduler, learning_rates
+from .pace import Pace, as_duration
+from .pictures import RunPictures
 from .recipes import write_options
 from .reporting import TrainingLog, TrainingResult
 from .run_directory import RunDirectory
 from .schedule import RunSchedule
 from .setup import TrainingData, create_accelerator, main_process_first, make_fingerprint
-from .sharding import ModelShards, own_part, whole
+from .sharding import ModelShards, whole
 
 logger = get_logger(__name__)
 
-STEPS_OF_ESTIMATE = 20  # of a process, before it says how long the run will take
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss, its gradient, the model or what it predicts is not finite; the message names step and terms."""
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"  # the time left of a run is not that of its steps alone
 
 
 class DetectionTrainer:
@@ -64,17 +63,23 @@ class DetectionTrainer:
         self.run_directory = RunDirectory(options.directory)
         self.accelerator = create_accelerator(options)
         self.state = main_process_first(self.accelerator, self._find_state)
+        if options.has_automatic_batch_size and self.state is not None:
+            self.options = options = resumed_batch_size(options, self.state)
         self.data = TrainingData.load(options, self.accelerator)
+        if options.has_automatic_batch_size:
+            self.options = options = fitting_batch_size(options, self.accelerator, self.data)
+            self.data = self.data.with_batches(options, self.accelerator)
         self.schedule = RunSchedule(options, batches_per_epoch=len(self.data.sampler))
-        self._time_used = 0.0  # of `max_minutes`, agreed on by all processes in every step
-        self._grad_norm: torch.Tensor | None = None  # of the last step, before clipping
+        if self.data.dataset.mixing is not None:
+            self.data.sampler.is_plain = self._is_plain
         self._set_up_model()
         self._fingerprint = make_fingerprint(options, self.data, self.accelerator)
         self._begin_or_resume()
         self.best_models = BestModels(self.accelerator, self.run_directory, options.save_top_k)
         self.stop_request = StopRequest()
-        self._clock = time.perf_counter()
-        self._timed_steps: list[float] = []  # seconds of training after each of the first steps of this process
+        self.guard = FinitenessGuard(self.accelerator, self.data, self.progress)
+        self.pace = Pace(options, self.progress, self.schedule)
+        self.pictures = RunPictures(self.accelerator, self.run_directory, self.data.evaluation, options.pictures)
 
     # Set-up
 
@@ -103,7 +108,12 @@ class DetectionTrainer:
         self.shards = ModelShards(model, self.accelerator) if is_sharding_asked_for() else None
         optimizer = create_optimizer(model, options)
         self.scheduler = create_scheduler(
-            optimizer, options, self.schedule.steps_per_epoch, self.schedule.total_steps, lambda: self._time_used
+            optimizer,
+            options,
+            self.schedule.steps_per_epoch,
+            self.schedule.total_steps,
+            time_used=lambda: self.schedule.time_used,
+            early_decay=lambda: self.schedule.early_decay,
         )
         self.model, self.optimizer = model, optimizer
         if self.shards is None:
@@ -146,6 +156,7 @@ class DetectionTrainer:
                 self.accelerator, self.state, self.scheduler, self._fingerprint, self.average, self.shards
             )
             self.progress = resumed_from = loaded
+            self.schedule.resume(loaded)
             self.data.dataset.leave_out(loaded.unreadable)
             logger.info(f"Resumed from {self.state} after {self.progress.step} steps.")
         if self.accelerator.is_main_process:
@@ -187,6 +198,7 @@ class DetectionTrainer:
             self._gather()
             save_model(self.accelerator, last, self._save_model, self.progress.last_metrics)
         result = self._result(interrupted, None if interrupted else str(last))
+        self.pictures.draw_curves()
         if self.accelerator.is_main_process and not interrupted:
             summary = dataclasses.asdict(result) | {
                 "best_models": [dataclasses.asdict(model) for model in self.progress.best],
@@ -207,7 +219,7 @@ class DetectionTrainer:
             num_workers=options.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        self._clock = time.perf_counter()
+        self.pace.start()
         training_mode(self.model)
         # A run that ends by the clock does not know its last step: its bar is that of the epoch.
         by_clock = options.max_minutes is not None
@@ -218,6 +230,7 @@ class DetectionTrainer:
             initial=progress.step - first_step,
             total=min(last_step, schedule.total_steps) - first_step,
             disable=not self.accelerator.is_main_process,
+            bar_format=BAR,
         )
         with bar, iterating(loader) as batches:
             while not schedule.interval_is_over(progress):
@@ -226,12 +239,12 @@ class DetectionTrainer:
                 stop = self.optimizer_step(batches, count)
                 progress.step += 1
                 progress.batches += count
-                bar.update()
                 at_end, save_due = schedule.interval_is_over(progress), schedule.state_is_due(progress)
-                self._tick()
-                self._estimate_time_left()
+                self.threads.after_step(self.pace.end_step())
                 if at_end or stop or save_due or progress.step % options.log_every == 0:
-                    self.log.write_training(progress, schedule.epochs_done(progress), rates, bar)
+                    self.log.write_training(progress, schedule.epochs_done(progress), rates)
+                bar.set_postfix({**self.log.shown, "left": as_duration(self.pace.seconds_left())}, refresh=False)
+                bar.update()
                 if stop or (save_due and not at_end):
                     self._save_state()
                 if stop:
@@ -246,7 +259,8 @@ class DetectionTrainer:
             progress.epoch, progress.batches = progress.epoch + 1, 0
         if self.data.evaluation is not None and self.schedule.evaluation_is_due(progress):
             try:
-                self._evaluate()
+                with self.pace.evaluating():
+                    self._evaluate()
             except InterruptedEvaluationError:  # the resumed run evaluates first
                 progress.epoch, progress.batches = before
                 return True
@@ -255,6 +269,12 @@ class DetectionTrainer:
             self._save_state()
             self.best_models.remove_others(progress)
         return False
+
+    def _is_plain(self, batch: int) -> bool:
+        """Whether the images of a batch of the epoch, counted from 0, are not mixed with others any more."""
+        schedule = self.schedule
+        step_of_epoch = batch // self.options.gradient_accumulation_steps
+        return schedule.is_plain(self.progress.epoch * schedule.steps_per_epoch + step_of_epoch)
 
     # A step
 
@@ -265,9 +285,11 @@ class DetectionTrainer:
         """
         stop = False
         self.optimizer.zero_grad()
+        self.guard.begin_step()
         for index in range(count):
             batch = next(batches)
             self._note_unreadable(batch.pop("unreadable"))
+            self.guard.note_images(batch, batch.pop("mixed_with", {}))
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             # Gradients are averaged over processes once, in the backward pass of the last batch.
             with nullcontext() if index == count - 1 else self._without_reduction():
@@ -276,8 +298,9 @@ class DetectionTrainer:
                 self.accelerator.backward(loss / count)
             self.log.add({"loss": loss, **terms}, images=len(batch["pixel_values"]))
         max_norm = self.options.clip_max_norm or float("inf")
-        self._grad_norm = whole(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
-        self.log.add({"grad_norm": self._grad_norm})
+        norm = whole(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
+        self.guard.note_gradient(norm)
+        self.log.add({"grad_norm": norm})
         self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
@@ -314,55 +337,18 @@ class DetectionTrainer:
 
         This waits for the device once in a forward pass, right after the matching has done so anyway.
         """
-        finite = loss.detach().isfinite()
-        if self._grad_norm is not None and self.accelerator.scaler is None:  # a GradScaler skips such steps itself
-            finite = finite & self._grad_norm.isfinite()
-        time_used = 0.0
-        if self.options.max_minutes is not None and self.accelerator.is_main_process:
-            seconds = self.progress.seconds + time.perf_counter() - self._clock
-            time_used = min(1.0, seconds / (60 * self.options.max_minutes))
-        flags = loss.new_tensor([self.stop_request.requested, time_used], dtype=torch.float32)
-        flags = torch.cat([(~finite).float().reshape(1), flags])
-        broken, stop, self._time_used = self.accelerator.reduce(flags, reduction="sum").tolist()
-        if self._time_used >= 1:
+        time_used = self.pace.part_of_time() if self.accelerator.is_main_process else 0.0
+        flags = [flag.float().reshape(1) for flag in self.guard.flags(loss)]
+        flags.append(loss.new_tensor([self.stop_request.requested, time_used], dtype=torch.float32))
+        broken, overflown, stop, self.schedule.time_used = self.accelerator.reduce(
+            torch.cat(flags), reduction="sum"
+        ).tolist()
+        if self.schedule.time_used >= 1:
             self.schedule.total_steps = self.progress.step + 1
         if broken:
-            self._report_broken_step(loss, terms, problem)
+            self.guard.report_step(loss, terms, problem, self.state)
+        self.guard.count_overflow(bool(overflown), self.state)
         return bool(stop)
-
-    def _report_broken_step(self, loss: torch.Tensor, terms: dict[str, torch.Tensor], problem: str) -> NoReturn:
-        """Raise an error that tells what each process saw."""
-        values = {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}}
-        if self._grad_norm is not None:
-            values["norm of the gradient before"] = self._grad_norm.item()
-        report = problem or ", ".join(f"{name} {value:.6g}" for name, value in values.items())
-        reports = gather_object([f"process {self.accelerator.process_index}: {report}"])
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {self.progress.step + 1} (epoch {self.progress.epoch + 1}). "
-            f"{'; '.join(reports)}. A lower --lr, more --warmup_steps or --mixed_precision bf16 or no may help."
-        )
-
-    def _tick(self) -> None:
-        """Bring the time spent training up to date."""
-        now = time.perf_counter()
-        self.threads.after_step(now - self._clock)
-        self.progress.seconds += now - self._clock
-        self._clock = now
-
-    def _estimate_time_left(self) -> None:
-        """Say once how long the run will take, as soon as some steps have shown it."""
-        if len(self._timed_steps) == STEPS_OF_ESTIMATE:
-            return
-        self._timed_steps.append(self.progress.seconds)
-        if len(self._timed_steps) == STEPS_OF_ESTIMATE and self.options.max_minutes is None:
-            half = STEPS_OF_ESTIMATE // 2  # the first steps are slower than the rest
-            seconds = (self._timed_steps[-1] - self._timed_steps[half - 1]) / (STEPS_OF_ESTIMATE - half)
-            left = self.schedule.total_steps - self.progress.step
-            if left > 0:
-                logger.info(
-                    f"A step takes {seconds:.2f} s, the {left} to go about {seconds * left / 60:.0f} minutes. "
-                    "Ctrl-C saves the state; --resume auto goes on from it."
-                )
 
     # Evaluation and saving
 
@@ -374,24 +360,41 @@ class DetectionTrainer:
             for buffer in model.buffers():  # batch norm statistics of the main process, whose model is saved
                 broadcast(buffer)
         self._require_finite()
-        metrics = self._metrics_of(self._models[0])
+        result = self._evaluated(self._models[0])
+        metrics = result.metrics
         progress.last_metrics = dict(metrics)
         epochs_done = self.schedule.epochs_done(progress)
         self.log.write_evaluation(progress, epochs_done, metrics)
         logger.info(f"Epoch {epochs_done:g}: AP {as_percent(metrics['ap']).strip()}")
         if self.options.eval_without_ema:
-            without = self._metrics_of(self._models[-1])
+            without = self._evaluated(self._models[-1]).metrics
             self.log.write_evaluation(progress, epochs_done, without, kind="eval_without_ema")
             logger.info(f"Epoch {epochs_done:g}: AP {as_percent(without['ap']).strip()} without the average")
         epoch = progress.epoch + bool(progress.batches)  # one that is under way counts
         self.best_models.offer(progress, epoch, metrics, self._save_model)
+        self._note_patience(metrics["ap"])
+        is_best = bool(progress.best) and progress.best[0].step == progress.step
+        self.pictures.draw_predictions(result, progress.step, best=is_best)
+        self.pictures.draw_curves()
 
     def _gather(self) -> None:
         """Bring what is evaluated and saved up to date, if it is a copy; every process must call this."""
         if self.shards is not None:
             self.shards.gather()
 
-    def _metrics_of(self, model: PreTrainedModel) -> dict[str, float]:
+    def _note_patience(self, ap: float) -> None:
+        """Let the schedule know, and say what comes of it."""
+        was_lost = self.schedule.patience_is_lost(self.progress)
+        self.schedule.note_evaluation(self.progress, ap)
+        if self.schedule.patience_is_lost(self.progress) and not was_lost:
+            decays = f"The learning rate falls to 0 until step {self.schedule.total_steps}."
+            logger.info(
+                f"The AP has not improved over {100 * self.progress.reference_ap:.2f} in "
+                f"{self.progress.stale_evaluations} evaluations. "
+                f"{'The run ends.' if self.progress.decay_from is None else decays}"
+            )
+
+    def _evaluated(self, model: PreTrainedModel) -> EvaluationResult:
         options = self.options
         try:
             return evaluate_detector(
@@ -404,30 +407,13 @@ class DetectionTrainer:
                 num_workers=options.num_workers,
                 on_bad_image=options.on_bad_image,
                 area_boundaries=areas_of_sizes(options.size_boundaries),
-            ).metrics
+            )
         except FloatingPointError as error:
             raise NonFiniteLossError(f"in the evaluation after step {self.progress.step}: {error}") from error
 
     def _require_finite(self) -> None:
         """Refuse to evaluate or save a model, or the state of its optimizer, that is not finite; on all processes."""
-        tensors: dict[str, Any] = {}
-        if self._grad_norm is not None and self.accelerator.scaler is None:  # a GradScaler skips such steps itself
-            tensors["the norm of the gradient"] = self._grad_norm
-        tensors |= {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for number, state in enumerate(self.optimizer.state.values()):
-            tensors |= {f"{name} of the optimizer ({number})": value for name, value in state.items()}
-        tensors = {
-            name: own_part(t.detach()) for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()
-        }
-        finite = torch.stack([tensor.isfinite().all().to(self.accelerator.device) for tensor in tensors.values()])
-        if self.accelerator.reduce((~finite).float(), reduction="sum").any():
-            broken = [name for name, fine in zip(tensors, finite.tolist(), strict=True) if not fine]
-            broken = broken or ["what another process has"]
-            raise NonFiniteLossError(
-                f"the training is not finite at step {self.progress.step}: {', '.join(broken[:3])}"
-                f"{f' and {len(broken) - 3} others' if len(broken) > 3 else ''}. Nothing was saved of it, the state "
-                "before it has been kept. A lower --lr, more --warmup_steps or --mixed_precision bf16 or no may help."
-            )
+        self.guard.require_finite(self.model, self.optimizer, self.state)
 
     def _save_state(self) -> None:
         self._require_finite()
@@ -465,4 +451,5 @@ class DetectionTrainer:
             last_model=last_model,
             metrics=self.progress.last_metrics,
             seconds=round(self.progress.seconds, 3),
+            stopped_early=not interrupted and self.schedule.ended_early(self.progress),
         )
