@@ -32,6 +32,9 @@ MISTAKES = {
     "convert": ["/no/such/checkpoint", "out"],
     "cards": ["--metrics", "v2-nano=/no/such/file", "--output_dir", "cards"],
     "demo": ["--output_dir", "file/in/the/way"],
+    "data check": ["/no/such/directory"],
+    "data convert": ["/no/such/directory", "out", "--to", "yolo"],
+    "data split": ["/no/such/directory", "out", "--val_fraction", "0.1"],
 }
 
 
@@ -86,7 +89,7 @@ def test_overview_names_the_commands_and_imports_none_of_them():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as shown:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert shown.value.code == 0
     text = capsys.readouterr().out
     assert f"\n  deperceiver {name} " in text
@@ -94,7 +97,22 @@ def test_help_has_an_example(name, capsys):
     assert "--debug" in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["evaluate"], ["demo", "--max_steps", "x"], ["demo", "--color"]])
+def test_a_group_names_its_commands(capsys):
+    for group in cli.GROUPS:
+        with pytest.raises(SystemExit) as shown:
+            main([group, "--help"])
+        assert shown.value.code == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"usage: deperceiver {group} ")
+        names = [name.split()[1] for name in COMMANDS if name.split()[0] == group]
+        assert names
+        assert all(f"\n    {name} " in printed for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["paint"], ["data"], ["data", "paint"], ["evaluate"], ["demo", "--max_steps", "x"], ["demo", "--color"]],
+)
 def test_an_unreadable_command_line_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -106,7 +124,7 @@ def test_an_unreadable_command_line_ends_with_2(arguments, capsys):
 def test_a_mistake_is_one_line_and_code_2(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    assert main([name, *MISTAKES[name]]) == 2
+    assert main([*name.split(), *MISTAKES[name]]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     errors = [line for line in printed.err.splitlines() if "error" in line]
@@ -214,7 +232,7 @@ def test_json_of_a_command_is_its_report(capsys):
     assert (report["kind"], report["models"]["detr-32"]["tokens"]) == ("cost", 4)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", dict.fromkeys(name.split()[0] for name in COMMANDS))
 def test_scripts_are_the_commands(name, monkeypatch):
     called, path = [], sys.path[:]
     monkeypatch.setattr(cli, "main", lambda arguments: called.append(arguments) or 7)
@@ -225,7 +243,8 @@ def test_scripts_are_the_commands(name, monkeypatch):
     assert ended.value.code == 7
     assert called == [[name, "--an_option", "1"]]
     assert sys.path == path  # without the directory in which evaluate.py hides the library of that name
-    assert {file.name for file in SCRIPTS.glob("*.py")} == {SCRIPT_OF.get(name, f"{name}.py") for name in COMMANDS}
+    scripts = {SCRIPT_OF.get(name.split()[0], f"{name.split()[0]}.py") for name in COMMANDS}
+    assert {file.name for file in SCRIPTS.glob("*.py")} == scripts
 
 
 def test_module_is_the_command():

@@ -266,3 +266,45 @@ def test_data_sets_that_do_not_fit_are_refused_with_their_columns(tmp_path, colu
 def test_what_does_not_exist_is_named(name):
     with pytest.raises(FileNotFoundError, match=name):
         load_detection_data(name, "train")
+
+
+COLUMNS = {  # a column of objects and the fields that hold boxes and categories; or these as columns
+    "annotations": ("annotations", "bbox", "category_id"),
+    "labels": ("labels", "boxes", "class"),
+    "instances": ("instances", "bounding_box", "name"),
+    "columns": (None, "bboxes", "labels"),
+    "columns in the singular": (None, "bbox", "category"),
+}
+
+
+@pytest.mark.parametrize(("column", "box", "category"), COLUMNS.values(), ids=COLUMNS)
+def test_objects_in_other_columns(tmp_path, column, box, category):
+    objects = {box: BOXES, category: [["b", "a"], [], ["b"]]}
+    if column is not None:
+        objects = {column: [{box: b, category: c} for b, c in zip(*objects.values(), strict=True)]}
+    dataset = Dataset.from_dict({"image": pictures(), "text": ["x"] * 3, **objects}).cast_column("image", Image())
+    data = load_detection_data(save(tmp_path / "set", train=dataset), "train", strict=True)
+    assert data.label_names == ["a", "b"]
+    assert [row["objects"]["bbox"] for row in data.dataset] == BOXES
+    assert [row["objects"]["category"] for row in data.dataset] == [[1, 0], [], [1]]
+    assert f"{box} and {category}" in data.report.recognised
+
+
+def test_streaming_reads_the_first_images(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("streamed")  # `datasets` would take "test" in a path for the split
+    dataset = make_dataset([[2, 0], [], [2]], NAMED)
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(tmp_path / "data" / "train-00000.parquet")
+    name, cache = f"{tmp_path}:streaming=true", {"cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match="streaming=true reads as many images as are asked for"):
+        load_detection_data(name, "train", **cache)
+    data = load_detection_data(name, "train", max_samples=2, strict=True, **cache)
+    whole = load_detection_data(tmp_path, "train", **cache)
+    assert data.label_names == whole.label_names
+    assert "streamed" in data.report.recognised
+    for ours, theirs in zip(data.dataset, whole.dataset.select(range(2)), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.pop("image")), np.asarray(theirs.pop("image")))
+        assert ours == theirs
+    assert len(DetectionDataset(data)) == 2
+    with pytest.raises(UserError, match="leave out streaming"):
+        load_detection_data(f"{save(tmp_path / 'saved', train=dataset)}:streaming=true", "train", max_samples=2)

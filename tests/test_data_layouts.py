@@ -90,26 +90,6 @@ def text(path: Path, content: str = "") -> None:
     path.write_text(content)
 
 
-def pascal_voc(root):
-    image(root / "VOCdevkit" / "VOC2012" / "JPEGImages" / "a.jpg")
-    text(root / "VOCdevkit" / "VOC2012" / "Annotations" / "a.xml", "<annotation><object/></annotation>")
-
-
-def voc_beside_images(root):
-    image(root / "annotations" / "a.jpg")
-    text(root / "annotations" / "a.xml", "<annotation/>")
-
-
-def yolo(root):
-    image(root / "images" / "train" / "a.jpg")
-    text(root / "labels" / "train" / "a.txt", "0 0.5 0.5 0.1 0.1")
-
-
-def yolo_settings(root):
-    image(root / "pictures" / "a.jpg")
-    text(root / "data.yaml", "train: pictures\nnames:\n  0: cat\n")
-
-
 def labelme(root):
     image(root / "a.jpg")
     text(root / "a.json", '{"version": "5.0", "shapes": []}')
@@ -121,10 +101,6 @@ def model(root):
 
 
 FOREIGN = {
-    "Pascal VOC": (pascal_voc, "Pascal VOC"),
-    "XML beside images": (voc_beside_images, "Pascal VOC"),
-    "YOLO": (yolo, "labels of YOLO"),
-    "YOLO by its settings": (yolo_settings, "labels of YOLO"),
     "LabelMe": (labelme, "LabelMe"),
     "images alone": (lambda root: image(root / "train" / "a.jpg"), "holds images alone"),
     "a saved model": (model, "saved model"),
@@ -144,11 +120,12 @@ def test_other_layouts_are_named_with_what_is_expected(tmp_path, make, found):
 
 FILES = {
     "data.zip": "archive",
-    "data.csv": "single table",
+    "data.csv": "table without the columns of boxes",
     "data.parquet": "single table",
     "a.jpg": "is an image",
     "a.bin": "no data set known",
-    "a.yaml": "single file",
+    "a.xml": "single file of annotations",
+    "a.yaml": "no data.yaml of YOLO",
     "results.json": "list of detections",
     "map.json": "GeoJSON",
     "captions.json": "captions",

@@ -10,6 +10,8 @@ import copy
 import io
 import json
 import random
+import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -19,6 +21,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import data_copies
 from coco_samples import coco_content, write_coco
 from deperceiver_hf.data import DETECTION_FEATURES, DetectionData, load_detection_data
 
@@ -125,6 +128,7 @@ def check(data: DetectionData, *, num_images: int | None, num_objects: int | Non
         assert report.num_objects + lost["objects"] == num_objects
 
 
+TEXT_FORMATS = ("yolo", "voc", "csv")
 REPORTED = {"images": LEFT_OUT_IMAGES, "objects": LEFT_OUT_OBJECTS}
 
 
@@ -187,6 +191,65 @@ def try_datasets(root: Path, seed: int) -> bool:
     return load(root, "train", num_images=None, num_objects=None)
 
 
+ODD_WORDS = [
+    *(
+        "",
+        " ",
+        "-1",
+        "0",
+        "1.5",
+        "1e400",
+        "-inf",
+        "nan",
+        "7" * 30,
+        "0x1",
+        "\x00",
+        "\ud800",
+        "a,b",
+        '"',
+        "'",
+        "é",
+        "红",
+        "<",
+    ),
+    *(
+        "../../x.png",
+        "C:\\x.png",
+        "[",
+        "{}",
+        "null",
+        "~",
+        "&amp;",
+        "]]>",
+        "<!--",
+        "names:",
+        "train.txt",
+        "\u202e",
+        "#",
+    ),
+]
+
+
+def try_text(root: Path, seed: int) -> bool:
+    """Break a data set of YOLO, Pascal VOC or a CSV (made before), in one of its text files, and load it."""
+    rng = random.Random(seed)
+    source = root / rng.choice(TEXT_FORMATS)
+    work = root / f"{seed}"
+    shutil.copytree(source, work)
+    files = [path for path in sorted(work.rglob("*")) if path.suffix in (".txt", ".xml", ".csv", ".yaml")]
+    for file in rng.sample(files, min(len(files), rng.randrange(1, 4))):
+        parts = re.split(r"(\s+|[,<>:\[\]]+)", file.read_text(encoding="utf-8"))
+        for _ in range(rng.randrange(1, 4)):
+            place = rng.randrange(len(parts))
+            parts[place : place + rng.randrange(1, 3)] = rng.choice([[rng.choice(ODD_WORDS)], [], [parts[place]] * 2])
+        text = "".join(parts).encode("utf-8", "replace").decode()
+        file.write_bytes(spoil(text, rng))
+    try:
+        return load(work, "train", num_images=None, num_objects=None)
+    finally:
+        shutil.rmtree(work)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -203,16 +266,29 @@ def test_metadata_broken_at_random_load_or_are_refused_in_a_line(tmp_path):
     assert 0 < sum(loaded) < SAMPLE // 4
 
 
+def write_text_formats(root: Path) -> None:
+    for name in TEXT_FORMATS:
+        data_copies.COPIES[name](root / name)
+
+
+def test_text_formats_broken_at_random_load_or_are_refused_in_a_line(tmp_path):
+    write_text_formats(tmp_path)
+    loaded = [try_text(tmp_path, seed) for seed in range(SAMPLE)]
+    assert SAMPLE / 4 < sum(loaded) < SAMPLE
+
+
 def main(count: int) -> int:
     """Try many, with a line for each that fails."""
     failures = 0
-    for attempt in (try_coco, try_datasets):
+    for attempt in (try_coco, try_text, try_datasets):
         loaded = 0
-        for seed in range(count if attempt is try_coco else count // 10):
+        for seed in range(count // 10 if attempt is try_datasets else count):
             with tempfile.TemporaryDirectory() as work, contextlib.redirect_stderr(io.StringIO()):
                 root = Path(work)
                 if attempt is try_coco:
                     write_coco(root)
+                elif attempt is try_text:
+                    write_text_formats(root)
                 try:
                     loaded += attempt(root, seed)
                 except Exception as error:

@@ -18,6 +18,8 @@ from deperceiver_hf.benchmarks.report import BenchmarkReport, check_output
 from deperceiver_hf.benchmarks.scaling import check_figure
 from deperceiver_hf.comparison.arguments import ComparisonOptions, ModelSpec
 from deperceiver_hf.conversion.job import convert_checkpoint
+from deperceiver_hf.data import load_detection_data
+from deperceiver_hf.data.splitting import find_listed
 from deperceiver_hf.evaluation.job import prepare_evaluation
 from deperceiver_hf.model_cards import write_model_cards, writing
 from deperceiver_hf.output_files import (
@@ -38,16 +40,20 @@ PACKAGE = Path(deperceiver_hf.__file__).parent
 
 # --- the home directory ------------------------------------------------------------------------------------------
 
+SOURCES = ("annotations", "images", "val_annotations", "val_images", "train_list", "val_list")
 PATHS = {  # of each command; the test below has each of them begin with ~
-    "train": {"output_dir", "model", "start_from", "resume", "recipe", "pretrained_backbone"},
-    "evaluate": {"output", "predictions", "model"},
+    "train": {"output_dir", "model", "start_from", "resume", "recipe", "pretrained_backbone", *SOURCES},
+    "evaluate": {"output", "predictions", "model", "annotations", "images", "image_list"},
     "predict": {"inputs", "output_dir", "model"},
     "compare": {"output_dir", "models"},
     "benchmark": {"output", "figure"},
     "convert": {"checkpoint", "output_dir"},
     "cards": {"output_dir", "metrics"},
+    "data convert": {"output"},
+    "data split": {"output", "train_list", "val_list"},
     "demo": {"output_dir"},
 }
+PATHS["data check"] = {*PATHS["train"], "report"}
 NO_PATHS = {
     *("amp", "use_bfloat", "cache_images", "dilation", "gradient_checkpointing", "group_by_aspect_ratio"),
     *(
@@ -60,8 +66,9 @@ NO_PATHS = {
     ),
     *("architecture", "attn_implementation", "augmentation", "backbone", "downsample_factor", "lr_scheduler"),
     *("mixed_precision", "on_bad_image", "position_embedding", "preset", "config", "device", "timed"),
-    *("eval_split", "train_split", "split", "project", "run_name", "report_to", "push_to_hub"),
-    *("dataset",),  # tests/test_data_coco.py
+    *("eval_split", "train_split", "split", "splits", "project", "run_name", "report_to", "push_to_hub"),
+    "batch_size",  # a number or auto
+    *("dataset", "data"),  # tests/test_data_coco.py
 }
 
 
@@ -101,6 +108,10 @@ def home(tmp_path, monkeypatch) -> Path:
 def test_training_and_comparison_take_the_home_directory(home):
     options = TrainingOptions(output_dir="~/runs", model="~/model", resume="~/old")
     assert [options.output_dir, options.model, options.resume] == [str(home / x) for x in ("runs", "model", "old")]
+    options = TrainingOptions(**dict.fromkeys(("annotations", "images", "val_annotations", "val_images"), "~/x"))
+    assert {options.annotations, options.images, options.val_annotations, options.val_images} == {str(home / "x")}
+    options = TrainingOptions(train_list="~/x", val_list="~/x")
+    assert options.train_list == options.val_list == str(home / "x")
     assert TrainingOptions(pretrained_backbone="~/a.pth").pretrained_backbone == str(home / "a.pth")
     assert TrainingOptions(model="some/model", resume="auto").model == "some/model"
     (home / "mine.yaml").write_text("lr: 0.5\n", encoding="utf-8")
@@ -116,6 +127,9 @@ def test_models_and_results_are_found_in_the_home_directory(home, monkeypatch):
     for call in (
         lambda: load_detector("~/none"),
         lambda: prepare_evaluation("~/none", "synthetic", output="~/x.json"),
+        lambda: load_detection_data("~/none", "train", format="yolo"),
+        lambda: load_detection_data("synthetic.json", "train", images="~/none"),
+        lambda: find_listed(load_detection_data("synthetic", "val", max_samples=1), "~/none"),
         lambda: prepare_prediction("~/none", ["~/a.png"], output_dir="~/out"),
         lambda: write_model_cards("~/cards", {"v2-nano": "~/none"}),
         lambda: convert_checkpoint("~/none", "~/out"),

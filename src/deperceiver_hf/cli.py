@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `deperceiver`: it finds the module of a subcommand, runs its job, and says how that ended.
 
-The module of a subcommand has
+A subcommand has one word or, in a group such as `data`, two. Its module has
 
 - `add_arguments(parser)`: description, arguments and an example;
 - `prepare(arguments) -> Job`: checks the parsed arguments and makes the job of them (see `jobs.py`);
@@ -60,8 +60,12 @@ COMMANDS = {
     "benchmark": Command("benchmarks.command", "count or measure what models cost"),
     "convert": Command("conversion.job", "convert a checkpoint of the authors' code"),
     "cards": Command("model_cards.command", "write the model cards of the documented configurations"),
+    "data check": Command("training.data_check.command", "find what is wrong with a data set, and a recipe for it"),
+    "data convert": Command("data.writing.convert", "write a data set in another format"),
+    "data split": Command("data.writing.split", "divide a data set into training and validation images"),
     "demo": Command("demo", "train, evaluate and draw on synthetic scenes in a few minutes"),
 }
+GROUPS = {"data": "Look over data sets and change their files."}  # what commands of two words begin with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a console that cannot show a letter gets an escape
             stream.reconfigure(errors="backslashreplace")
     shared, arguments = _shared_options().parse_known_args(arguments)
-    if not arguments or arguments[0] not in COMMANDS:
-        _overview().parse_args(arguments)  # ends the program
-    name, *arguments = arguments
+    name, arguments = _find_command(arguments)
     as_json, debug = hasattr(shared, "json"), hasattr(shared, "debug")
     module = None
     try:
@@ -103,6 +105,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.distributed.destroy_process_group()
     # Launchers end all processes as soon as one of them fails: the first one speaks for all.
     return getattr(result, "exit_code", 0) if _is_main_process() else 0
+
+
+def _find_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name of a command and what follows it; where there is none, the program ends with an overview."""
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name, arguments[words:]
+    group = arguments[0] if arguments and arguments[0] in GROUPS else None
+    _overview(group).parse_args(arguments if group is None else arguments[1:])
+    raise AssertionError("the parser of the overview knows no command")
 
 
 def _print(text: str) -> None:
@@ -141,6 +153,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _shown_log() -> Iterator[None]:
     """Within, what the package logs is seen on stderr. Libraries show their own; a handler for all would repeat it."""
     logger, handler = logging.getLogger(__package__), logging.StreamHandler()
+    level = logger.level
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -148,6 +161,7 @@ def _shown_log() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _parse(name: str, module: ModuleType, arguments: list[str]) -> argparse.Namespace:
@@ -176,17 +190,23 @@ def _shared_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _overview() -> argparse.ArgumentParser:
+def _overview(group: str | None = None) -> argparse.ArgumentParser:
+    """The parser that explains all commands, or those of a group, and runs none."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description="Train, evaluate and use DePerceiver detectors.",
-        epilog=f"Example: {PROGRAM} demo\n`{PROGRAM} COMMAND --help` explains a command.",
+        prog=f"{PROGRAM} {group}" if group else PROGRAM,
+        description=GROUPS[group] if group else "Train, evaluate and use DePerceiver detectors.",
+        epilog=f"Example: {PROGRAM} demo\n`{PROGRAM} COMMAND --help` explains a command."
+        if group is None
+        else f"`{PROGRAM} {group} COMMAND --help` explains a command.",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30),
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help, add_help=False)
+        if group is None:
+            commands.add_parser(name, help=command.help, add_help=False)
+        elif name.startswith(f"{group} "):
+            commands.add_parser(name.removeprefix(f"{group} "), help=command.help, add_help=False)
     return parser
 
 

@@ -3,7 +3,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -182,8 +182,9 @@ class ComparisonReport:
             size = f"all {height} x {width} pixels" if fixed else f"shortest edge {height}"
             ema = settings.get("ema_decay")
             lines += [
-                f"- Data: {settings['dataset']}, {facts['training_images']} images of {settings['train_split']} for "
-                f"training, {facts['evaluation_images']} of {settings['eval_split']} for evaluation.",
+                f"- Data: {settings.get('annotations') or settings['dataset']}, {facts['training_images']} images of "
+                f"{settings['train_split']} for training, {facts['evaluation_images']} of {_evaluated(settings)} for "
+                "evaluation.",
                 f"- Images: {settings['batch_size']} in a batch, {size}, augmentation {settings['augmentation']}.",
                 f"- Learning rate: {settings['lr_scheduler']}, {settings['warmup_steps']} warm-up steps.",
                 f"- Small, medium and large objects are divided at "
@@ -238,3 +239,12 @@ def _name(run: RunResult) -> str:
 
 def _today() -> str:
     return datetime.date.today().isoformat()
+
+
+def _evaluated(settings: Mapping[str, Any]) -> str:
+    """What was evaluated on, in words: a split of its own, or a part of the one that was trained on."""
+    if settings.get("val_fraction") is not None:
+        return f"the same split (a part of {settings['val_fraction']:g})"
+    if settings.get("val_list") or settings.get("train_list"):
+        return "the same split (by a list)"
+    return str(settings.get("val_annotations") or settings["eval_split"])

@@ -101,7 +101,7 @@ class _SpellingIndex:
         self._files: list[dict[str, list[str]]] = []
         for directory in directories:
             files: dict[str, list[str]] = {}
-            for path in _walk(str(directory)):
+            for path in walk_files(str(directory)):
                 files.setdefault(_folded(os.path.relpath(path, directory)), []).append(os.path.abspath(path))
             self._files.append(files)
 
@@ -130,7 +130,7 @@ def _folded(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(_slashed(path))).casefold())
 
 
-def _walk(directory: str) -> Iterator[str]:
+def walk_files(directory: str) -> Iterator[str]:
     """Paths of all files below a directory, through links, each directory once."""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, files in os.walk(directory, followlinks=True):

@@ -11,8 +11,8 @@ import pyarrow as pa
 from .boxes import BoxFormat
 from .fields import INT64, Id, as_boxes, as_integer, as_number, as_truth
 from .images import ImageHeader, UnreadableImageError, seen_sizes
-from .plausibility import check_box_format, made_smaller_or_larger
-from .records import BORDER_TOLERANCE, LoadingReport
+from .plausibility import check_box_format, drawn_before_turning, made_smaller_or_larger
+from .records import BORDER_TOLERANCE, MOST_CASES, LoadingReport
 
 MOST_PIXELS = 2**31  # of a side: more is no size
 
@@ -36,7 +36,7 @@ class AnnotationList:
         self.iscrowd.append(iscrowd)
         self.id.append(id)
 
-    def of_images(self, kept: np.ndarray) -> "AnnotationList":
+    def of_images(self, kept: Sequence[int] | np.ndarray) -> "AnnotationList":
         """Those of the images at the indices `kept` (K,), whose indices are their places there."""
         place = {int(index): position for position, index in enumerate(kept)}
         chosen = [row for row, index in enumerate(self.image_index) if index in place]
@@ -74,7 +74,11 @@ def stated_size(width: Any, height: Any, name: str, report: LoadingReport) -> tu
 
 
 def assemble(
-    images: ImageList, annotations: AnnotationList, report: LoadingReport, bbox_format: str | None = None
+    images: ImageList,
+    annotations: AnnotationList,
+    report: LoadingReport,
+    bbox_format: str | None = None,
+    usual_format: str = "xywh",
 ) -> tuple[np.ndarray, dict[str, pa.Array]]:
     """What every loader does with what it has found: leave out images that cannot be read, decide on sizes and frames
     of the others, check and arrange their annotations.
@@ -83,8 +87,9 @@ def assemble(
         images: All images.
         annotations: Of any of them, by their index.
         report: Is told what was left out and repaired.
-        bbox_format: One of `BOX_FORMATS`; by default `xywh`, which is refused where the boxes are plainly something
-            else.
+        bbox_format: One of `BOX_FORMATS`; by default the usual one, which is refused where the boxes are plainly
+            something else.
+        usual_format: How the format of the files writes boxes.
 
     Returns:
         The indices (K,) of the images that can be read, and the columns of `DETECTION_FEATURES` for them, but for the
@@ -101,17 +106,22 @@ def assemble(
     stated, names = ([values[row] for row in kept] for values in (images.stated_sizes, images.names))
     sizes, rotations, differs = seen_sizes(headers, stated, names, report)
     annotations = annotations.of_images(kept)
-    boxes, scales = _boxes_as_seen(annotations, sizes, stated, rotations, differs, bbox_format, report)
+    form = BoxFormat.parse(bbox_format or usual_format)
+    asked_for = bbox_format is not None
+    boxes, scales = _boxes_as_seen(annotations, sizes, stated, rotations, differs, form, asked_for, report)
     for row in np.flatnonzero(differs):
         issue = "size_mismatch" if (scales[row] == 1).all() else "rescaled_image"
         report.add(issue, f"{names[row]} is {headers[row].seen_size}, stated {stated[row]} (width, height)")
+    turned = np.array([header.orientation >= 5 for header in headers], dtype=bool) & (rotations == 1)
+    for row in np.flatnonzero(drawn_before_turning(boxes, np.asarray(annotations.image_index, int), sizes, turned)):
+        report.add("unturned_boxes", names[row])
     if (scales != 1).any():
         factors = scales.prod(axis=1)[annotations.image_index]
         annotations.area = [
             area if area is None or factor == 1 else as_number(area) * factor
             for area, factor in zip(annotations.area, factors, strict=True)
         ]
-    return kept, record_columns(images.ids[kept], sizes, annotations, report, boxes, images.own_ids)
+    return kept, record_columns(images.ids[kept], sizes, annotations, report, boxes, images.own_ids, names)
 
 
 def _boxes_as_seen(
@@ -120,12 +130,12 @@ def _boxes_as_seen(
     stated: Sequence[tuple[int, int] | None],
     rotations: np.ndarray,  # (K,)
     differs: np.ndarray,  # (K,)
-    bbox_format: str | None,
+    form: BoxFormat,
+    asked_for: bool,
     report: LoadingReport,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The boxes (N, 4) as (x, y, width, height) in pixels of the images as seen, and by what those of each image were
     scaled (K, 2)."""
-    form = BoxFormat.parse(bbox_format or "xywh")
     image_index = np.asarray(annotations.image_index, dtype=np.int64)
     given, named = as_boxes(annotations.bbox)
     turned = (rotations >= 5)[:, None]
@@ -139,7 +149,7 @@ def _boxes_as_seen(
         resized = made_smaller_or_larger(boxes, image_index, sizes, stated_sizes, report)
         frames[resized] = stated_sizes[resized]
         scales[resized] = sizes[resized] / stated_sizes[resized]
-    check_box_format(given, named, frames[image_index], image_index, form, bbox_format is not None, report)
+    check_box_format(given, named, frames[image_index], image_index, form, asked_for, report)
     boxes = form.to_xywh(given, frames[image_index], named)
     if (rotations != 1).any():
         boxes = rotate_boxes(boxes, rotations[image_index], sizes[image_index])
@@ -155,6 +165,7 @@ def record_columns(
     report: LoadingReport,
     boxes: np.ndarray | None = None,  # (M, 4) xywh in pixels, if not those of the annotations
     own_ids: Mapping[int, Id] | None = None,  # of images, for messages
+    names: Sequence[str] | None = None,  # (N,) of images, for messages
 ) -> dict[str, pa.Array]:
     """Check the annotations and arrange them as the columns of `DETECTION_FEATURES`, but for the image."""
     image_index = np.asarray(annotations.image_index, dtype=np.int64)
@@ -163,13 +174,17 @@ def record_columns(
     def describe(position: int) -> str:
         image_id = int(image_ids[image_index[position]])
         own_id, box = (own_ids or {}).get(image_id, image_id), annotations.bbox[position]
-        return f"image_id {own_id}, annotation id {annotations.id[position]}, bbox {str(box)[:100]}"
+        name = "" if names is None else str(names[image_index[position]])
+        file = f"{name}, " if name and not name.startswith("image_id") else ""
+        return f"{file}image_id {own_id}, annotation id {annotations.id[position]}, bbox {str(box)[:100]}"
 
     def note(issue: str, flags: np.ndarray, of: str | None = None) -> None:
         if flags.any():
-            position = int(flags.argmax())
-            value = "" if of is None else f", {of} {str(getattr(annotations, of)[position])[:100]}"
-            report.add(issue, f"{describe(position)}{value}", int(flags.sum()))
+            cases = []
+            for position in np.flatnonzero(flags)[:MOST_CASES].tolist():
+                value = "" if of is None else f", {of} {str(getattr(annotations, of)[position])[:100]}"
+                cases.append(f"{describe(position)}{value}")
+            report.add(issue, cases[0], int(flags.sum()), cases[1:])
 
     width, height = sizes[image_index].astype(np.float64).T
     finite = np.isfinite(boxes).all(axis=1)

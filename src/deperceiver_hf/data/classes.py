@@ -39,16 +39,14 @@ def match_classes(names: Sequence[str], others: Sequence[str]) -> list[int | Non
     rest: dict[str, list[int]] = {}
     for place, other in enumerate(others):
         if place not in taken:
-            rest.setdefault(_folded(other), []).append(place)
-    claims = Counter(_folded(name) for name, place in zip(names, matched, strict=True) if place is None)
+            rest.setdefault(folded(other), []).append(place)
+    claims = Counter(folded(name) for name, place in zip(names, matched, strict=True) if place is None)
     for label, name in enumerate(names):
-        places = rest.get(_folded(name), [])
+        places = rest.get(folded(name), [])
         if matched[label] is not None or not places:
             continue
-        if claims[_folded(name)] > 1 or len(places) > 1:
-            mine = [
-                n for n, place in zip(names, matched, strict=True) if place is None and _folded(n) == _folded(name)
-            ]
+        if claims[folded(name)] > 1 or len(places) > 1:
+            mine = [n for n, place in zip(names, matched, strict=True) if place is None and folded(n) == folded(name)]
             theirs = [others[place] for place in places]
             raise UserError(
                 f"It is not clear which class is which: {listing(mine)} on one side, {listing(theirs)} on the other. "
@@ -199,13 +197,13 @@ def listing(names: Iterable[object]) -> str:
     return ", ".join(shown[:20]) + (f", ... ({len(shown)} in all)" if len(shown) > 20 else "")
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     text = unicodedata.normalize("NFKC", name).replace("_", " ").replace("-", " ").casefold()
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _is_generic(name: str) -> bool:
-    words = _folded(name).split()
+    words = folded(name).split()
     return words[-1:] != [] and words[-1].isdigit() and words[:-1] in ([], ["label"], ["class"], ["category"])
 
 

@@ -107,13 +107,19 @@ def seen_sizes(
     return sizes, rotations, differs
 
 
-def open_rgb(source: str | os.PathLike | BinaryIO) -> PIL.Image.Image:
+def open_rgb(source: str | os.PathLike | BinaryIO, of_use: int | None = None) -> PIL.Image.Image:
     """The image in a file as it is seen, in RGB; of several frames or pages the first.
+
+    Args:
+        source: the file.
+        of_use: pixels a side that are enough. A JPEG is then decoded at an eighth of its size, or a quarter or a half.
 
     Raises:
         UnreadableImageError: the file is missing, truncated or no image.
     """
     with _reasons_of_decoders(), PIL.Image.open(source) as opened:
+        if of_use is not None:
+            opened.draft("RGB", (of_use, of_use))
         return to_rgb(opened)
 
 

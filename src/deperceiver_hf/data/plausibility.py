@@ -4,19 +4,18 @@
 Two kinds of rules. Those on boxes are asked while data are loaded (`made_smaller_or_larger`, `check_box_format`): are
 the numbers those of another format of boxes, or of images of another size? They stop only on evidence that no data set
 in order gives (several boxes, and nearly all of them), and only where another reading fits nearly all boxes; on less
-they remark on it. Those on objects are asked of loaded data before a training or an evaluation (`require_objects`,
-`remarks_on_objects`).
+they remark on it. Those on objects are asked of loaded data, see `doctor`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from ..errors import UserError
 from .boxes import BOX_FORMATS, UNITS, BoxFormat
-from .records import DetectionData, LoadingReport
+from .fields import Id
+from .records import LoadingReport
 
 FEW_BOXES = 4  # fewer are no evidence
 MANY_BOXES = 20  # that many are, even if most of them could be read either way
@@ -24,6 +23,18 @@ NEARLY_ALL = 0.99
 SOME, OFTEN = 0.1, 0.3  # shares of boxes that do not fit their images: may be carelessness; cannot be
 ROUNDING = 0.005  # of the side, and a pixel: what a box that fits may pass the border by
 FAR_OUT = 0.05  # of the side: by which a box that does not fit passes it
+
+
+class ImplausibleBoxesError(UserError):
+    """Boxes that are plainly not what they are read as.
+
+    Attributes:
+        formats: Names in `BOX_FORMATS` of those that fit them; none if the images do not fit.
+    """
+
+    def __init__(self, message: str, formats: Sequence[str] = ()):
+        super().__init__(message)
+        self.formats = tuple(formats)
 
 
 def made_smaller_or_larger(
@@ -69,7 +80,7 @@ def made_smaller_or_larger(
         and leaves_file[chosen].mean() >= OFTEN
     ):
         row = int(uneven.argmax())
-        raise UserError(
+        raise ImplausibleBoxesError(
             f"{report.source}: the images were stretched or cropped after they had been annotated: "
             f"{int((leaves_file & chosen).sum())} boxes do not fit the size of their file but the stated one, e.g. "
             f"{_size(sizes[row])} pixels instead of {_size(stated[row])}. Give the original images, or write width, "
@@ -116,10 +127,44 @@ def check_box_format(
         hint = f"--box_format {option} reads them so" if not asked_for else f"they are read as {form}, as asked for"
         report.remarks.append(f"{found.what} Perhaps they are {choice}; {hint}.")
         return
-    raise UserError(
+    raise ImplausibleBoxesError(
         f"{report.source}: {found.what} They look like {choice}. Give --box_format {option}, or load "
-        f"NAME:bbox_format={option}; --box_format {form} takes them as they are."
+        f"NAME:bbox_format={option}; --box_format {form} takes them as they are.",
+        [str(name) for name in found.formats],
     )
+
+
+def drawn_before_turning(
+    boxes: np.ndarray,  # (N, 4) xywh in pixels
+    image_index: np.ndarray,  # (N,)
+    sizes: np.ndarray,  # (K, 2) width, height as seen
+    turned: np.ndarray,  # (K,) bool, by EXIF and with it their sides exchanged
+) -> np.ndarray:
+    """(K,) turned images whose boxes all fit the picture as it is stored, and some not as it is seen."""
+    fits_stored, leaves = np.ones(len(sizes), dtype=bool), np.zeros(len(sizes), dtype=bool)
+    of_turned = turned[image_index]
+    index, chosen = image_index[of_turned], boxes[of_turned]
+    np.logical_and.at(fits_stored, index, _fits(chosen, sizes[index][:, ::-1], ROUNDING))
+    np.logical_or.at(leaves, index, ~_fits(chosen, sizes[index], FAR_OUT))
+    return turned & fits_stored & leaves
+
+
+def check_category_ids(used: Iterable[Id], known: Iterable[Id], report: LoadingReport) -> None:
+    """Report ids of categories that would all be known if they were counted from one number higher or lower.
+
+    Args:
+        used: Of each annotation.
+        known: Of the categories that are listed.
+        report: Is told.
+    """
+    used = list(used)
+    distinct, listed = set(used), set(known)
+    if distinct <= listed or not all(isinstance(number, int) for number in distinct | listed):
+        return
+    for step in (1, -1):
+        if {int(number) + step for number in distinct} <= listed:
+            example = f"ids {min(distinct)} to {max(distinct)} are used, {min(listed)} to {max(listed)} are listed"
+            report.add("shifted_category_ids", example, len(used))
 
 
 @dataclass(frozen=True)
@@ -187,7 +232,7 @@ def _part_of_the_image(
 
 def _fitting(boxes: np.ndarray, named: np.ndarray, sizes: np.ndarray, units: tuple[str, ...]) -> list[BoxFormat]:
     """The formats of these units in which nearly all boxes fit their images, and use more than a corner of them."""
-    formats = [form for form in map(BoxFormat.parse, BOX_FORMATS) if form.unit in units]
+    formats = [form for form in map(BoxFormat.parse, BOX_FORMATS) if form.unit in units and form.origin == 0]
     return [
         form
         for form in formats
@@ -216,97 +261,3 @@ def _fits(boxes: np.ndarray, sizes: np.ndarray, tolerance: float) -> np.ndarray:
 
 def _size(size: np.ndarray) -> str:
     return " x ".join(str(int(side)) for side in size)
-
-
-@dataclass(frozen=True)
-class ObjectCounts:
-    """Objects of a data set, crowds left out.
-
-    Attributes:
-        per_image: (N,) objects of each image.
-        per_class: (K,) objects of each label.
-        most_of_a_class: (N,) in each image, the objects of the class that has most.
-    """
-
-    per_image: np.ndarray
-    per_class: np.ndarray
-    most_of_a_class: np.ndarray
-
-
-def count_objects(data: DetectionData) -> ObjectCounts:
-    """Count the objects of a data set, without a look at its images."""
-    per_image, most = [], []
-    per_class = np.zeros(len(data.label_names), dtype=np.int64)
-    for labels, rows, count in _batches_of_labels(data):
-        per_image.append(np.bincount(rows, minlength=count))
-        per_class += np.bincount(labels, minlength=len(per_class))
-        pairs, times = np.unique(rows * len(per_class) + labels, return_counts=True)
-        most.append(np.zeros(count, dtype=np.int64))
-        np.maximum.at(most[-1], pairs // len(per_class), times)
-    empty = [np.zeros(0, dtype=np.int64)]
-    return ObjectCounts(np.concatenate(per_image or empty), per_class, np.concatenate(most or empty))
-
-
-def _batches_of_labels(data: DetectionData) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Labels (M,) of the objects that are no crowds and the image of each (M,), of so many images at a time."""
-    for batch in data.dataset.select_columns("objects").with_format("arrow").iter(batch_size=10_000):
-        column = batch["objects"].combine_chunks()
-        labels, crowds = column.field("category"), column.field("iscrowd")
-        lengths = pa.compute.list_value_length(labels).to_numpy(zero_copy_only=False)
-        ordinary = ~crowds.flatten().to_numpy(zero_copy_only=False)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        yield labels.flatten().to_numpy()[ordinary], rows[ordinary], len(lengths)
-
-
-def require_objects(data: DetectionData) -> None:
-    """Refuse data to train on in which there is nothing to learn.
-
-    Raises:
-        ValueError: no object is left, or crowds only; the message says what became of the others.
-    """
-    report = data.report
-    if report.num_objects > report.num_crowds:
-        return
-    why = f"While loading: {report.sentence()}." if report.counts else "Its annotations list no others."
-    crowds = "; they are crowds (iscrowd), from which nothing is learned" if report.num_crowds else ""
-    raise UserError(
-        f"{report.source} has no object to learn from: {report.num_images} images with {report.num_objects} objects"
-        f"{crowds}. {why} Correct the annotations, or give other data."
-    )
-
-
-def remarks_on_objects(
-    data: DetectionData, *, num_queries: int | None = None, max_detections: int | None = None, training: bool = False
-) -> list[str]:
-    """What is to be known of the objects of a data set before it is worked on, one sentence or two each.
-
-    Args:
-        data: The data set.
-        num_queries: Objects that the model can find in an image.
-        max_detections: Detections per image and class that count in the evaluation, if there is one.
-        training: The data are to be trained on.
-    """
-    counts, source = count_objects(data), data.report.source
-    total = int(counts.per_image.sum())
-    if not total:
-        crowds = f", {data.report.num_crowds} crowds" if data.report.num_crowds else ""
-        return [f"{source} has no objects ({len(counts.per_image)} images{crowds}): nothing can be measured on it."]
-    remarks = []
-    if num_queries is not None and (most := int(counts.per_image.max())) > num_queries:
-        possible = np.minimum(counts.per_image, num_queries).sum() / total
-        remarks.append(
-            f"{source} has up to {most} objects in an image ({counts.per_image.mean():.1f} on average), the model "
-            f"{num_queries} queries, each of which finds one: at most {100 * possible:.0f} % of the objects can be "
-            f"found. --num_queries {most} gives enough to a new model, and to a trained one that picks them from the "
-            "image."
-        )
-    if max_detections is not None and (most := int(counts.most_of_a_class.max())) > max_detections:
-        remarks.append(
-            f"{source} has up to {most} objects of a class in an image; AP counts {max_detections} detections of a "
-            f"class in an image only. `deperceiver evaluate --max_detections 1 10 {most}` counts all."
-        )
-    without = [name for name, count in zip(data.label_names, counts.per_class, strict=True) if not count]
-    if training and without:
-        shown = ", ".join(without[:10]) + (", ..." if len(without) > 10 else "")
-        remarks.append(f"{source} has no object of {len(without)} of its {len(data.label_names)} classes: {shown}.")
-    return remarks

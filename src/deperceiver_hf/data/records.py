@@ -2,7 +2,7 @@
 """The schema of a detection record, the data set that holds them, and the report of what was repaired on the way."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed
@@ -50,9 +50,14 @@ ISSUES = {
     "size_mismatch": "images of another size than stated, the file's size is used",
     "rescaled_image": "images of another size than stated whose boxes fit the stated one, boxes are scaled with them",
     "rotated_image": "images annotated before their EXIF rotation, boxes are rotated with the image",
+    "unturned_boxes": "images that EXIF turns and whose boxes fit the stored picture only, left as they are",
     "invalid_annotation": "annotations that are no objects with a box, left out",
+    "invalid_annotation_file": "annotation files of single images that cannot be read, left out with their images",
+    "image_without_annotations": "images without an annotation file, which this format has for every image, left out",
     "unknown_image": "annotations of an image that is not listed, left out",
     "unknown_category": "annotations of a category that is not listed, left out",
+    "shifted_category_ids": "annotations of which all would be of listed categories if ids were counted one higher or "
+    "lower, left as they are",
     "invalid_box": "boxes that are not four finite numbers, left out",
     "empty_box": "boxes of zero or negative side, left out",
     "box_outside_image": "boxes wholly outside the image, left out",
@@ -67,10 +72,17 @@ ISSUES = {
 
 _LACKING_IMAGES = ("missing_image_file", "unreadable_image", "outside_image_file")
 
+MOST_CASES = 5
+"""Of an issue, that a report describes."""
+
 BORDER_TOLERANCE = 1.0
 """Pixels by which a box may pass the border before its clipping counts as a repair (annotations are often rounded)."""
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev"), "test": ("test",)}
+
+
+class MissingSplitError(FileNotFoundError):
+    """A data set is there, and has no split of the name."""
 
 
 @dataclass
@@ -81,25 +93,39 @@ class LoadingReport:
         source: what was loaded, for the messages.
         counts: number of cases for each key of `ISSUES` that occurred.
         examples: the first case of each, in words.
+        cases: the first cases of each, at most `MOST_CASES`.
         remarks: what looks wrong with the data as a whole and was left as it is.
+        recognised: the format of the files and what it was recognised by.
         num_images, num_objects, num_crowds, num_empty_images: what the loaded data set holds; empty images are kept.
     """
 
     source: str
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
+    cases: dict[str, list[str]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    recognised: str = ""
     num_images: int = 0
     num_objects: int = 0
     num_crowds: int = 0
     num_empty_images: int = 0
 
-    def add(self, issue: str, example: str, count: int = 1) -> None:
+    def add(self, issue: str, example: str, count: int = 1, more: Sequence[str] = ()) -> None:
+        """Count cases of an issue.
+
+        Args:
+            issue: key of `ISSUES`.
+            example: one of them, in words.
+            count: how many they are.
+            more: others of them.
+        """
         if issue not in ISSUES:
             raise KeyError(f"{issue!r} is not one of {sorted(ISSUES)}")
         if count:
             self.counts[issue] = self.counts.get(issue, 0) + count
             self.examples.setdefault(issue, as_text(example))
+            cases = self.cases.setdefault(issue, [])
+            cases += map(as_text, [example, *more][: MOST_CASES - len(cases)])
 
     def summary(self) -> str:
         """The issues, one a line, with an example each; empty when there were none."""

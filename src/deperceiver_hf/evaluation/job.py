@@ -16,8 +16,10 @@ from ..data import DetectionData, load_detection_data
 from ..data.boxes import BOX_FORMATS
 from ..data.classes import align_labels
 from ..data.dataset import BAD_IMAGE_POLICIES
+from ..data.doctor.objects import ObjectTable, check_evaluation_objects
+from ..data.formats import FORMATS
 from ..data.images import limit_pixels
-from ..data.plausibility import remarks_on_objects
+from ..data.splitting import find_listed, part_of
 from ..errors import UserError
 from ..machine import PRECISIONS, choose_precision, make_accelerator, versions
 from ..output_files import require_writable_file, write_json
@@ -68,6 +70,7 @@ class EvaluationJob:
     split: str
     options: EvaluationOptions
     dials: dict[str, float] = field(default_factory=dict)  # what was asked of the model, see `load_detector`
+    image_list: str | None = None  # that names the images, if not all of the split are evaluated on
 
     def run(self) -> WrittenEvaluation:
         """Evaluate, and write the results on the main process."""
@@ -92,6 +95,7 @@ class EvaluationJob:
             settings={
                 **self.options.settings(),
                 **self.dials,
+                **({} if self.image_list is None else {"image_list": self.image_list}),
                 "num_processes": self.accelerator.num_processes,
                 "device": str(self.accelerator.device.type),
                 "image_size": dict(getattr(self.image_processor, "size", None) or {}),
@@ -116,10 +120,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dataset",
-        required=True,
-        help="Directory in COCO's layout or an annotation file in it, Hub id or local `datasets` directory (also with "
-        "options: `NAME:config=...,outside=true`), or `synthetic`, also with options: "
+        help="Directory or annotation file of COCO, YOLO (data.yaml), Pascal VOC or a CSV of boxes, Hub id or local "
+        "`datasets` directory (also with options: `NAME:config=...,outside=true`), or `synthetic`, also with options: "
         "`synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3`.",
+    )
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="Instead of --dataset: the annotation file to evaluate on, or the directory of XML or text files.",
+    )
+    parser.add_argument("--images", metavar="DIR", help="Directory of the images of --annotations.")
+    parser.add_argument("--format", choices=FORMATS, help="Format of the annotations, where the files do not tell.")
+    parser.add_argument(
+        "--image_list",
+        metavar="FILE",
+        help="Evaluate on the images that a text file names, one in a line, such as the val_images.txt of a run.",
     )
     parser.add_argument("--split", default="val", help="Split of the data set (%(default)s).")
     parser.add_argument(
@@ -181,9 +196,13 @@ def prepare(arguments: argparse.Namespace) -> EvaluationJob:
 
 def prepare_evaluation(
     model: str,
-    dataset: str,
+    dataset: str | None = None,
     *,
     output: str,
+    annotations: str | None = None,
+    images: str | None = None,
+    format: str | None = None,
+    image_list: str | None = None,
     split: str = "val",
     predictions: str | None = None,
     box_format: str | None = None,
@@ -200,8 +219,12 @@ def prepare_evaluation(
 
     Args:
         model: directory of a saved model, or a Hub id.
-        dataset: whatever `load_detection_data` takes.
+        dataset: whatever `load_detection_data` takes; not with `annotations`.
         output: JSON file for metrics, classes, settings and versions.
+        annotations: annotation file of the split, or directory of its annotation files.
+        images: directory of their images, if they stand apart.
+        format: key of `FORMATS`, where the files do not tell.
+        image_list: text file that names the images to evaluate on, see `splitting`.
         split: split of the data set.
         predictions: JSON file for the detections in COCO's result format; by default `<output>_predictions.json`.
         box_format: how the data's files write boxes, one of `BOX_FORMATS`.
@@ -216,6 +239,10 @@ def prepare_evaluation(
         OSError: something is not there or cannot be written.
         ValueError: something does not fit.
     """
+    if (dataset is None) == (annotations is None):
+        raise UserError("give --dataset, or --annotations with the annotation file to evaluate on.")
+    if images is not None and annotations is None:
+        raise UserError(f"--images {images} is where the images of --annotations are, which is not given.")
     require_model_source(model)
     output_file = require_writable_file(output)
     predictions_file = require_writable_file(
@@ -231,11 +258,23 @@ def prepare_evaluation(
     dials: dict[str, Any] = {"num_queries": num_queries, "num_blocks": num_blocks, "token_share": token_share}
     detector, image_processor = load_detector(model, **dials)
     limit_pixels(how.max_image_pixels)
-    data = load_detection_data(dataset, split, max_samples=max_samples, bbox_format=box_format)
+    source = str(annotations if dataset is None else dataset)
+    data = load_detection_data(
+        source,
+        split,
+        images=images,
+        alone=annotations is not None,
+        format=format,
+        max_samples=max_samples if image_list is None else None,
+        bbox_format=box_format,
+    )
+    if image_list is not None:
+        data = part_of(data, find_listed(data, image_list)[:max_samples], Path(image_list).name)
     if accelerator.is_main_process:
         queries = getattr(detector.config, "num_queries", None)
-        for remark in remarks_on_objects(data, num_queries=queries, max_detections=how.max_detections[-1]):
-            logger.warning(remark)
+        table = ObjectTable.of(data, split)
+        for found in check_evaluation_objects(table, num_queries=queries, max_detections=how.max_detections[-1]):
+            logger.warning(found.what)
     if how.on_bad_image == "stop":
         data.report.require_images()
     align_labels(detector.config.id2label, data.label_names)
@@ -247,8 +286,9 @@ def prepare_evaluation(
         output=output_file,
         predictions=predictions_file,
         model_name=str(model),
-        dataset=str(dataset),
+        dataset=source,
         split=split,
         options=replace(how, mixed_precision=precision.name),
         dials={name: value for name, value in dials.items() if value is not None},
+        image_list=image_list,
     )

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from ..data.boxes import BOX_FORMATS
 from ..data.dataset import BAD_IMAGE_POLICIES
+from ..data.formats import FORMATS
 from ..data.transforms import AUGMENTATIONS
 from ..errors import UserError
 from ..evaluation.coco_metric import COCO_SIZE_BOUNDARIES, areas_of_sizes
@@ -33,14 +34,40 @@ class DataOptions(Options):
     _argument_group_name = "data"
 
     dataset: str = option(
-        "COCO directory or annotation file, Hub id or local `datasets` directory (also with options: "
-        "'NAME:config=...,outside=true'), or 'synthetic', also with options: "
+        "Directory or annotation file of COCO, YOLO (data.yaml), Pascal VOC or a CSV of boxes, Hub id or local "
+        "`datasets` directory (also with options: 'NAME:config=...,outside=true'), or 'synthetic', also with options: "
         "'synthetic:image_size=128,min_objects=2,max_objects=6,num_samples=500,seed=3'.",
         "synthetic",
         resume_may_change=True,  # a directory may have moved; what is in it is compared
     )
+    annotations: str | None = option(
+        "Instead of --dataset: the annotation file to train on, or the directory of XML or text files; with --images "
+        "where the images are elsewhere.",
+        resume_may_change=True,
+    )
+    images: str | None = option("Directory of the images of --annotations.", resume_may_change=True)
+    val_annotations: str | None = option("The same for the evaluation.", resume_may_change=True)
+    val_images: str | None = option("Directory of the images of --val_annotations.", resume_may_change=True)
+    format: Literal[tuple(FORMATS)] | None = option(  # type: ignore[valid-type]
+        "Format of the annotations, where the files do not tell.", resume_may_change=True
+    )
     train_split: str = option("Split to train on.", "train")
     eval_split: str = option("Split to evaluate on.", "val")
+    val_fraction: float | None = option(
+        "Evaluate on this part of the training split, such as 0.1, and train on the rest. It is drawn by chance, "
+        "near-duplicates on one side; train_images.txt and val_images.txt in the output directory name both sides.",
+    )
+    val_seed: int | None = option("Seed of --val_fraction; 42 if not given, whatever --seed is.", at_least=0)
+    train_list: str | None = option(
+        "Text file that names the images of the training split to train on, one in a line; the others are for the "
+        "evaluation.",
+        resume_may_change=True,  # which images are on which side is compared
+    )
+    val_list: str | None = option(
+        "Text file that names the images of the training split to evaluate on; without --train_list, the others are "
+        "trained on.",
+        resume_may_change=True,
+    )
     box_format: Literal[BOX_FORMATS] | None = option(  # type: ignore[valid-type]
         "How the data's files write boxes. xywh: left, top, width, height, as in COCO (if not given); xyxy: left, "
         "top, right, bottom; cxcywh: centre, width, height; all in pixels, or in parts of the image with _relative (0 "
@@ -325,12 +352,28 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
     """All options of a training run; a combination that makes no sense raises `ValueError` when it is made."""
 
     @property
+    def data_name(self) -> str:
+        """What is trained on, by the name that the user gave it."""
+        return self.dataset if self.annotations is None else self.annotations
+
+    @property
+    def divides_a_split(self) -> bool:
+        """Whether the images to evaluate on are some of the training split."""
+        return any(value is not None for value in (self.val_fraction, self.train_list, self.val_list))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates at any time."""
+        return bool(self.eval_every or self.eval_steps)
+
+    @property
     def directory(self) -> str:
         """Where everything is written."""
         return self.output_dir or f"outputs/{self.run_name}"
 
     def __post_init__(self) -> None:
-        for name in ("output_dir", "resume", "model", "start_from", "pretrained_backbone"):
+        paths = ("annotations", "images", "val_annotations", "val_images", "train_list", "val_list")
+        for name in ("output_dir", "resume", "model", "start_from", "pretrained_backbone", *paths):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, expand_home(path))
         self.check_ranges()
@@ -345,6 +388,7 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
             raise UserError(f"--architecture {self.architecture}: choose from {', '.join(ARCHITECTURES)}.")
 
     def _check_data(self) -> None:
+        self._check_sources()
         if self.shortest_edge and self.longest_edge and self.shortest_edge > self.longest_edge:
             raise UserError(f"--shortest_edge {self.shortest_edge} exceeds --longest_edge {self.longest_edge}.")
         if self.fixed_size is not None:
@@ -374,6 +418,25 @@ class TrainingOptions(RunOptions, OptimizationOptions, DataOptions, ModelOptions
                 f"--cache_images keeps images in the training process, but --num_workers {self.num_workers} would "
                 "load them in others that end with every epoch; give --num_workers 0 or no --cache_images."
             )
+
+    def _check_sources(self) -> None:
+        if self.annotations is not None:
+            self.refuse(
+                ["dataset"], f"stands for both splits; --annotations {self.annotations} is what is trained on."
+            )
+        for images, annotations in (("images", "annotations"), ("val_images", "val_annotations")):
+            if getattr(self, annotations) is None:
+                self.refuse([images], f"is where the images of --{annotations} are, which is not given.")
+        if self.annotations is None:
+            self.refuse(["val_annotations"], "goes with --annotations, not with --dataset.")
+        if self.val_fraction is not None:
+            self.refuse(["train_list", "val_list", "val_annotations"], "says what is evaluated on; no --val_fraction.")
+            if not 0 < self.val_fraction < 1:
+                raise UserError(f"--val_fraction must be more than 0 and less than 1, not {self.val_fraction}.")
+        else:
+            self.refuse(["val_seed"], "is the seed of --val_fraction, which is not given.")
+        if self.divides_a_split:
+            self.refuse(["eval_split", "val_annotations"], "contradicts --train_list or --val_fraction or --val_list.")
 
     def _check_optimization(self) -> None:
         if self.mixed_precision != "auto":

@@ -27,7 +27,8 @@ from .building import build_model, training_mode
 from .checkpoints import read_state
 from .computation import Float32Depthwise
 from .optimization import create_optimizer
-from .setup import TrainingData, main_process_first
+from .processes import main_process_first
+from .setup import TrainingData
 
 logger = get_logger(__name__)
 

@@ -106,22 +106,23 @@ def make_card_of_run(
             for key in METRIC_NAMES
             if progress.last_metrics.get(key, -1) != -1 and not (key in OF_SIZES and of_other_sizes)
         }
-        dataset = public_name(options.dataset)
-        evaluations = [Evaluation(measured, dataset, options.eval_split, len(evaluation.dataset))] if measured else []
+        dataset = public_name(options.val_annotations or options.data_name)
+        split = f"part of {options.train_split}" if options.divides_a_split else options.eval_split
+        evaluations = [Evaluation(measured, dataset, split, len(evaluation.dataset))] if measured else []
     images = options.batch_size * options.gradient_accumulation_steps * num_processes
     return ModelCard.from_template(
         card_metadata(
             name,
             [config.model_type],
             evaluations,
-            datasets=[options.dataset] if is_hub_id(options.dataset) else (),
+            datasets=[options.data_name] if is_hub_id(options.data_name) else (),
             origin=origin,
         ),
         template_str=TEMPLATE,
         name=printable(name),
         classes=f"{plural(len(train.label_names), 'class')} ({_in_words(train.label_names)})",
         model_type=config.model_type,
-        data=f"`{_quoted(public_name(options.dataset))}`, {plural(len(train.dataset), 'image')}",
+        data=f"`{_quoted(public_name(options.data_name))}`, {plural(len(train.dataset), 'image')}",
         evaluations=evaluations,
         start=_describe_start(config, options, origin),
         steps=plural(progress.step, "step"),

@@ -24,6 +24,7 @@ from .arguments import AUTOMATIC, TrainingOptions, make_parser
 SUFFIX = ".yaml"
 # Options that would contradict one that is given beside the recipe.
 CONTRADICTED_BY = {
+    "annotations": ("dataset",),
     "start_from": BROUGHT_BY_DETECTOR,
     "backbone": ("start_from",),
     "dilation": ("start_from",),

@@ -12,6 +12,7 @@
         curves.png              what is in it, drawn
         predictions/            the same validation images with what was detected: latest.jpg, best.jpg
         options.yaml            the options of the run, as a recipe that repeats it
+        train_images.txt, val_images.txt    names of the images on both sides, where the run has divided a split
         summary.json            written at the end
 
 A directory is written under a temporary name and renamed when it is complete, and renamed before it is deleted, so
@@ -44,6 +45,7 @@ class RunDirectory:
         curves: Picture of the log.
         predictions: Directory of pictures of detections.
         options: What the run was told, as a recipe.
+        train_list, val_list: Names of the images on both sides of a split that the run divided.
         summary: How the run ended; there is none before.
         best: Link to the model of the highest AP.
         last: The model at the end of training.
@@ -55,6 +57,8 @@ class RunDirectory:
         self.curves = self.path / "curves.png"
         self.predictions = self.path / "predictions"
         self.options = self.path / "options.yaml"
+        self.train_list = self.path / "train_images.txt"
+        self.val_list = self.path / "val_images.txt"
         self.summary = self.path / "summary.json"
         self.best = self.path / "best"
         self.last = self.path / "last"
@@ -131,13 +135,15 @@ class RunDirectory:
         return metrics[0].read_bytes() == metrics[1].read_bytes()
 
     def _is_half_written(self, path: Path) -> bool:
-        files = (self.log, self.curves, self.options, self.summary, self.path / PROBE)
+        files = (self.log, self.curves, self.options, self.train_list, self.val_list, self.summary, self.path / PROBE)
         unfinished = path.name.endswith((TEMPORARY_SUFFIX, DELETED_SUFFIX))
         return unfinished or any(is_temporary(path, of=file) for file in files)
 
     def _is_ours(self, path: Path) -> bool:
         patterns = (STATE_PATTERN, MODEL_PATTERN)
-        named = (self.log, self.curves, self.predictions, self.options, self.summary, self.best, self.last)
+        lists = (self.train_list, self.val_list)
+        pictures = (self.curves, self.predictions)
+        named = (self.log, self.options, *pictures, *lists, self.summary, self.best, self.last)
         matches = any(pattern.fullmatch(path.name) for pattern in patterns)
         return path in named or matches or self._is_half_written(path)
 

@@ -3,17 +3,17 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig
 
 from ..backbone_weights import IMAGENET_PREPROCESSING
 from ..data import (
@@ -22,13 +22,13 @@ from ..data import (
     DetectionDataset,
     TrainingBatchSampler,
     is_synthetic,
-    load_detection_data,
     make_train_transforms,
 )
-from ..data.classes import listing, with_labels_of
+from ..data.classes import listing
+from ..data.doctor.objects import ObjectTable, TrainedSize, require_objects
+from ..data.doctor.quick import quick_check
 from ..data.images import limit_pixels
 from ..data.mixing import ImageMixing
-from ..data.plausibility import remarks_on_objects, require_objects
 from ..data.sampling import make_loader, repeat_factors
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
@@ -37,10 +37,9 @@ from ..machine import choose_precision, find_device, is_sharding_asked_for, make
 from .arguments import TrainingOptions
 from .building import build_image_processor
 from .sharding import NAME
+from .splits import RunSplits
 
 logger = get_logger(__name__)
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ class TrainingData:
     """The data of a run, as one process sees them.
 
     Attributes:
-        train: Records to train on.
-        evaluation: Records to evaluate on; `None` if the run never evaluates.
+        splits: Records to train and to evaluate on.
         image_processor: Prepares images; saved with the model.
         dataset: `train` with its augmentation.
         collate: Makes a batch.
@@ -57,38 +55,48 @@ class TrainingData:
         batches: Sampler of this process's batches; `None` before their size is chosen.
     """
 
-    train: DetectionData
-    evaluation: DetectionData | None
+    splits: RunSplits
     image_processor: Any
     dataset: DetectionDataset
     collate: DetectionCollator
     repeats: np.ndarray | None
     batches: TrainingBatchSampler | None
 
+    @property
+    def train(self) -> DetectionData:
+        """Records to train on."""
+        return self.splits.train
+
+    @property
+    def evaluation(self) -> DetectionData | None:
+        """Records to evaluate on; `None` if the run never evaluates."""
+        return self.splits.evaluation
+
     @classmethod
-    def load(cls, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
+    def load(cls, options: TrainingOptions, accelerator: Accelerator, state: Path | None = None) -> "TrainingData":
         """Load the splits, on the main process first.
+
+        Args:
+            options: Of the run.
+            accelerator: Of the run.
+            state: Training state that the run goes on from.
 
         Raises:
             ValueError: They have other classes, or fewer images than a batch.
             OSError: They cannot be read.
         """
         limit_pixels(options.max_image_pixels)
-        load_split = partial(load_detection_data, options.dataset, bbox_format=options.box_format)
-        train = main_process_first(
-            accelerator, partial(load_split, options.train_split, max_samples=options.max_train_samples)
-        )
-        require_objects(train)
-        evaluation = None
-        if options.eval_every or options.eval_steps:
-            evaluation = main_process_first(
-                accelerator, partial(load_split, options.eval_split, max_samples=options.max_eval_samples)
+        splits = RunSplits.load(options, accelerator, state)
+        train, evaluation = splits.train, splits.evaluation
+        require_objects(ObjectTable.of(train, options.train_split))
+        if (
+            options.early_stopping_patience
+            and evaluation is not None
+            and evaluation.report.num_objects == evaluation.report.num_crowds
+        ):
+            raise UserError(
+                f"--early_stopping_patience waits for a better AP, but {evaluation.name} has no object to find."
             )
-            evaluation = with_labels_of(train, evaluation)
-            if options.early_stopping_patience and evaluation.report.num_objects == evaluation.report.num_crowds:
-                raise UserError(
-                    f"--early_stopping_patience waits for a better AP, but {evaluation.name} has no object to find."
-                )
         image_processor = build_image_processor(options)
         unusual = _unusual_preprocessing(options, image_processor)
         if unusual.keys() & {"image_mean", "image_std"}:
@@ -113,7 +121,7 @@ class TrainingData:
         )
         collate = DetectionCollator(image_processor, do_resize=False)
         repeats = _repeats(train, options.repeat_factor_threshold)
-        loaded = cls(train, evaluation, image_processor, dataset, collate, repeats, None)
+        loaded = cls(splits, image_processor, dataset, collate, repeats, None)
         return loaded if options.has_automatic_batch_size else loaded.with_batches(options, accelerator)
 
     def with_batches(self, options: TrainingOptions, accelerator: Accelerator) -> "TrainingData":
@@ -139,15 +147,26 @@ class TrainingData:
             raise RuntimeError("the batch size has not been chosen yet")
         return self.batches
 
-    def remark_on_objects(self, num_queries: int) -> None:
-        """Say what the objects of the data mean for a model with so many queries."""
-        remarks = remarks_on_objects(self.train, num_queries=num_queries, training=True)
+    def look_over(self, options: TrainingOptions, config: PreTrainedConfig) -> None:
+        """Say what the doctor finds without a look at pixels; what loading found has been said.
+
+        Args:
+            options: Of the run.
+            config: Of its model.
+        """
+        splits = {options.train_split: self.train}
         if self.evaluation is not None:
-            remarks += remarks_on_objects(
-                self.evaluation, num_queries=num_queries, max_detections=COCO_MAX_DETECTIONS[-1]
-            )
-        for remark in remarks:
-            logger.warning(remark)
+            splits.setdefault(options.eval_split, self.evaluation)
+        tables = {name: ObjectTable.of(data, name) for name, data in splits.items()}
+        trained = trained_size(self.image_processor, config)
+        findings = quick_check(
+            tables, options.train_split, options.eval_split, trained, max_detections=COCO_MAX_DETECTIONS[-1]
+        )
+        for finding in findings:
+            logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, finding.sentence())
+        if any(finding.severity != "note" for finding in findings):
+            given = "--annotations ..." if options.annotations is not None else options.dataset
+            logger.warning(f"`deperceiver data check {given} --report DIR` shows more, with pictures.")
 
     def require_evaluation(self) -> DetectionData:
         """The data of the evaluations of a run that has some."""
@@ -159,6 +178,16 @@ class TrainingData:
         """This process's batches of an epoch, but for the first `skip`."""
         self.sampler.set_epoch(epoch, skip=skip)
         return make_loader(self.dataset, self.sampler, self.collate, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def trained_size(image_processor: Any, config: PreTrainedConfig) -> TrainedSize:
+    """What an image processor makes of images, and a model of them."""
+    strides = getattr(config, "feature_strides", None) or getattr(config, "feat_strides", None)
+    return TrainedSize(
+        size=image_processor.size if getattr(image_processor, "do_resize", True) else None,
+        stride=strides if strides is None or isinstance(strides, int) else min(strides),
+        num_queries=getattr(config, "num_queries", None),
+    )
 
 
 def _repeats(data: DetectionData, threshold: float | None) -> np.ndarray | None:
@@ -233,29 +262,15 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
     return accelerator
 
 
-def main_process_first(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """Call on the main process, then on the others, which find its downloads; its error is raised on all."""
-    error: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            result = function()
-        except (ValueError, OSError) as raised:
-            error = raised
-    (message,) = broadcast_object_list([error and str(error)])  # not every exception can be pickled
-    if message is not None:
-        raise error or ValueError(message)
-    return result if accelerator.is_main_process else function()
-
-
 def make_fingerprint(options: TrainingOptions, data: TrainingData, accelerator: Accelerator) -> dict[str, Any]:
     """What must be the same in a resumed run, as JSON gives it back."""
     facts = options.facts()
     fixed = {name: value for name, value in dataclasses.asdict(options).items() if not facts[name].resume_may_change}
     if options.model is not None:  # it has its architecture, whether that is named or not
         del fixed["architecture"]
-    content = {"training images": len(data.dataset), "classes": data.train.label_names}
-    if is_synthetic(options.dataset):  # a directory may have moved, scenes are what their name says
-        content["scenes"] = options.dataset
+    content = {"training images": len(data.dataset), "classes": data.train.label_names, **data.splits.fingerprint}
+    if is_synthetic(options.data_name):  # a directory may have moved, scenes are what their name says
+        content["scenes"] = options.data_name
     # Only what is unusual: earlier states, which know nothing of it, can be resumed if their images stay the same.
     content |= _unusual_preprocessing(options, data.image_processor)
     sharding = NAME if is_sharding_asked_for() else None  # states from before it are of runs without it

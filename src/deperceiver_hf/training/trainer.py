@@ -33,11 +33,12 @@ from .model_card import CARD_FILE, make_card_of_run
 from .optimization import create_optimizer, create_scheduler, learning_rates
 from .pace import Pace, as_duration
 from .pictures import RunPictures
+from .processes import main_process_first
 from .recipes import write_options
 from .reporting import TrainingLog, TrainingResult
 from .run_directory import RunDirectory
 from .schedule import RunSchedule
-from .setup import TrainingData, create_accelerator, main_process_first, make_fingerprint
+from .setup import TrainingData, create_accelerator, make_fingerprint
 from .sharding import ModelShards, whole
 
 logger = get_logger(__name__)
@@ -65,7 +66,7 @@ class DetectionTrainer:
         self.state = main_process_first(self.accelerator, self._find_state)
         if options.has_automatic_batch_size and self.state is not None:
             self.options = options = resumed_batch_size(options, self.state)
-        self.data = TrainingData.load(options, self.accelerator)
+        self.data = TrainingData.load(options, self.accelerator, self.state)
         if options.has_automatic_batch_size:
             self.options = options = fitting_batch_size(options, self.accelerator, self.data)
             self.data = self.data.with_batches(options, self.accelerator)
@@ -96,7 +97,7 @@ class DetectionTrainer:
             self.accelerator,
             lambda: build_model(options, self.data.train.label_names, load_pretrained_backbone=self.state is None),
         )
-        self.data.remark_on_objects(model.config.num_queries)
+        self.data.look_over(options, model.config)
         most_threads = torch.get_num_threads()
         self.computation = choose_computation(options, self.accelerator, model.config, self.state)
         if self.computation.attention is not None:
@@ -162,6 +163,7 @@ class DetectionTrainer:
         if self.accelerator.is_main_process:
             self._clear_directory()
             write_options(self.run_directory.options, self.options)
+            self.data.splits.write(self.run_directory)
         self.log = TrainingLog(self.accelerator, self.run_directory.log, resumed_from)
 
     def _clear_directory(self) -> None:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection data from the Hub, from `save_to_disk` directories and from image folders, mapped to the record schema.
 
-What is understood: an image column and an `objects` column, either lists of values (`{"bbox": [...], "category":
-[...]}`) or a list of objects (`[{"bbox": ..., "category": ...}]`), with boxes as `bbox`, categories under any of
-`CATEGORY_KEYS`, and optionally `id`, `area` and `iscrowd`; `image_id`, `width` and `height` are optional columns.
+What is understood: an image column, and a column of objects, `objects` or of another name, either lists of values
+(`{"bbox": [...], "category": [...]}`) or a list of objects (`[{"bbox": ..., "category": ...}]`), with boxes under any
+of `BOX_KEYS`, categories under any of `CATEGORY_KEYS`, and optionally `id`, `area` and `iscrowd`; or these as columns
+of lists themselves. `image_id`, `width` and `height` are optional columns.
 """
 
 import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,78 +19,121 @@ import datasets.config
 import huggingface_hub.constants
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
-from ..errors import UserError, one_line
-from .annotations import AnnotationList, ImageList, assemble, stated_size
-from .fields import Id, as_id, as_integer, record_ids
-from .images import ImageHeader, OutsideImageError, UnreadableImageError, try_header
-from .layouts import EXPECTED
-from .records import DETECTION_FEATURES, DetectionData, LoadingReport, split_aliases
+from ...errors import UserError, one_line
+from ..annotations import AnnotationList, ImageList, assemble, stated_size
+from ..fields import Id, as_id, as_integer, record_ids
+from ..images import ImageHeader, OutsideImageError, UnreadableImageError, try_header
+from ..records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, MissingSplitError, split_aliases
+from .annotated_images import INSTEAD_OF_A_SPLIT, Request
+from .layouts import EXPECTED, is_of_datasets, is_saved
 
-BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
-CATEGORY_KEYS = ("category", "categories", "category_id", "category_ids", "label", "labels", "class", "class_id")
+BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "bounding_box", "bounding_boxes", "bndbox")
+CATEGORY_KEYS = (
+    *("category", "categories", "category_id", "category_ids", "label", "labels", "class", "class_id"),
+    *("classes", "class_ids", "class_label", "class_labels", "class_name", "class_names", "category_name", "name"),
+)
 
 
-def load_hub_data(
-    source: str,
-    split: str,
-    *,
-    strict: bool = False,
-    max_samples: int | None = None,
-    cache_dir: str | None = None,
-    bbox_format: str | None = None,
-    allow_outside: bool = False,
-    config: str | None = None,
-) -> DetectionData:
-    """Load a split of a `datasets` data set as detection records.
+def recognise(path: Path) -> str | None:
+    """What a directory has that `datasets` reads, in words."""
+    if path.is_file() or not is_of_datasets(path):
+        return None
+    return "written by save_to_disk" if is_saved(path) else "tables"
+
+
+def splits(path: Path) -> list[str]:
+    """The splits that a directory has."""
+    there = _load_splits(str(path), None, None)
+    return [split for split in SPLIT_NAMES if any(name in there for name in split_aliases(split))]
+
+
+def load(request: Request) -> DetectionData:
+    """A split of a `datasets` data set as detection records.
 
     Labels are those of a `ClassLabel`; of plain integers, the distinct values of all splits in ascending order, named
-    `label_<value>`; of strings, the distinct strings of all splits in alphabetic order.
-
-    Args:
-        source: Hub id, or a directory that `save_to_disk` wrote or that `load_dataset` reads (an image folder with
-            `metadata.jsonl`, for instance).
-        split: `train`, `val`, `test` or the data set's own name of it.
-        strict: refuse a data set in which anything is broken.
-        max_samples: load the first images only.
-        cache_dir: where downloads are kept, by default the cache of `datasets`.
-        bbox_format: of `BOX_FORMATS`; `xywh` if not given, unless the boxes are plainly something else.
-        allow_outside: read images that are stored as paths to somewhere else than the data set's directory and caches.
-        config: which of several configurations.
+    `label_<value>`; of strings, the distinct strings of all splits in alphabetic order. Of a streamed data set, those
+    of the rows that were read.
 
     Raises:
         FileNotFoundError: there is no such data set or split.
         ValueError: `datasets` cannot read it, the columns are not as described, the boxes are in another format, or
             anything is broken and `strict` is set.
     """
-    splits = _load_splits(source, cache_dir, config)
-    split_name = next((name for name in split_aliases(split) if name in splits), None)
+    source = request.source if request.path is None else str(request.path)
+    if request.images is not None:
+        raise UserError(f"{source} has its images in itself: a directory of images is for annotation files.")
+    splits = _load_splits(source, request.cache_dir, request.config, request.streaming)
+    split_name = next((name for name in split_aliases(request.split) if name in splits), None)
     if split_name is None:
-        raise FileNotFoundError(
-            f"{source} has no split {split!r}; its splits are {', '.join(splits)}. Choose one of them."
+        make = f" {INSTEAD_OF_A_SPLIT}" if request.split in SPLIT_NAMES["val"] else ""
+        raise MissingSplitError(
+            f"{source} has no split {request.split!r}; its splits are {', '.join(splits)}. Choose one of them.{make}"
         )
     with _as_user_errors(f"{source}, split {split_name}, cannot be read"):
         raw = splits[split_name]
-        if max_samples is not None:
-            raw = raw.select(range(min(max_samples, len(raw))))
-        image_key, box_key, category_key = _find_columns(raw, source)
+        if request.streaming:
+            raw = _first_rows(raw, request)
+            splits = {split_name: raw}
+        elif request.max_samples is not None:
+            raw = raw.select(range(min(request.max_samples, len(raw))))
+        columns_of = _find_columns(raw, source)
 
         report = LoadingReport(f"{source}/{split_name}")
-        categories, label_names = _read_categories(splits, category_key)
+        report.recognised = f"datasets ({columns_of.description}{', streamed' if request.streaming else ''})"
+        categories, label_names = _read_categories(splits, columns_of)
+        image_key = columns_of.image
         images = raw.select_columns(image_key).rename_columns({} if image_key == "image" else {image_key: "image"})
         images = images.cast_column("image", Image(decode=False))
-        headers = list(_iterate_headers(images, None if allow_outside else _bounds(source, cache_dir)))
+        bounds = None if request.allow_outside else _bounds(source, request.cache_dir)
+        headers = list(_iterate_headers(images, bounds))
         plain = raw.select_columns([name for name in raw.column_names if name != image_key])
         image_ids, own_ids = _read_image_ids(plain, report)
         names = [f"image_id {own_ids.get(image_id, image_id)}" for image_id in image_ids.tolist()]
         found = ImageList(image_ids, headers, _read_sizes(plain, names, report), names, own_ids)
-        annotations = _read_annotations(plain, headers, box_key, category_key, categories, report)
-        kept, columns = assemble(found, annotations, report, bbox_format)
+        annotations = _read_annotations(plain, headers, columns_of, categories, report)
+        kept, columns = assemble(found, annotations, report, request.box_format)
         records = _beside_images(images, kept, columns)
-        report.conclude(strict)
+        report.conclude(request.strict)
     name = Path(source).name or source
     return DetectionData(records, label_names, list(categories), f"{name}-{split_name}", report, own_ids)
+
+
+def _first_rows(stream: IterableDataset, request: Request) -> Dataset:
+    """So many rows of a stream, kept in the cache of `datasets`: training goes through them again and again."""
+    if request.max_samples is None:
+        raise UserError(
+            f"{request.source}: streaming=true reads as many images as are asked for; say how many, by "
+            "--max_train_samples and --max_eval_samples (of training) or --max_samples."
+        )
+    features = stream.features  # of a stream, they may be known from its first row only
+    rows = stream.take(request.max_samples)
+    if features is None:
+        rows = rows._resolve_features()
+    if rows.features is not None:
+        image_columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+        for name in image_columns:
+            rows = rows.cast_column(name, Image(decode=False))
+    kept = Dataset.from_generator(
+        _rows_of, features=rows.features, cache_dir=request.cache_dir, gen_kwargs={"stream": rows}
+    )
+    for name in image_columns:
+        kept = kept.cast_column(name, Image())
+    return kept
+
+
+def _rows_of(stream: IterableDataset) -> Iterator[dict]:
+    yield from stream
 
 
 def _beside_images(images: Dataset, kept: np.ndarray, columns: dict[str, pa.Array]) -> Dataset:
@@ -108,9 +153,13 @@ def _beside_images(images: Dataset, kept: np.ndarray, columns: dict[str, pa.Arra
     return records if len(kept) == len(images) else records.select(kept)
 
 
-def _load_splits(source: str, cache_dir: str | None, config: str | None) -> dict[str, Dataset]:
+def _load_splits(source: str, cache_dir: str | None, config: str | None, streaming: bool = False) -> dict[str, Any]:
     path = Path(source)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if is_saved(path):
+        if streaming:
+            raise UserError(
+                f"{source} is on this disk, in the format that is read without copying: leave out streaming."
+            )
         with _as_user_errors(f"{source}, which `save_to_disk` wrote, cannot be loaded"):
             loaded = load_from_disk(source)
         return dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
@@ -120,7 +169,7 @@ def _load_splits(source: str, cache_dir: str | None, config: str | None) -> dict
         raise FileNotFoundError(f"There is no directory {source}. {EXPECTED}")
     try:
         with _as_user_errors(f"{source!r} could not be loaded"):
-            return dict(load_dataset(source, config, cache_dir=cache_dir))
+            return dict(load_dataset(source, config, cache_dir=cache_dir, streaming=streaming))
     except OSError as error:  # not found, no connection
         raise FileNotFoundError(
             f"{source!r} could not be loaded: {type(error).__name__}: {one_line(error)} A data set is 'synthetic', a "
@@ -151,8 +200,46 @@ def _advice(message: str) -> str:
     return EXPECTED
 
 
-def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str]:
-    """The image column, and the fields of an object that hold its box and its category."""
+@dataclass(frozen=True)
+class _Columns:
+    """Where a data set has what is needed.
+
+    Attributes:
+        image: column of the images.
+        objects: column of the objects; `None` where their boxes and categories are columns themselves.
+        box: field of an object, or column, that holds the box.
+        category: that holds the category.
+    """
+
+    image: str
+    objects: str | None
+    box: str
+    category: str
+
+    @property
+    def description(self) -> str:
+        """The columns in words."""
+        where = f"column {self.objects}" if self.objects else "columns"
+        return f"{where} with {self.box} and {self.category}"
+
+    def fields(self, dataset: Dataset) -> dict:
+        """The features of one object."""
+        return _object_fields(dataset.features[self.objects]) if self.objects else _column_fields(dataset)
+
+    def iterate(self, dataset: Dataset) -> Iterator[list[dict]]:
+        """The objects of each image one by one, the category under `category`."""
+        if self.objects is not None:
+            for entry in _iterate_column(dataset, self.objects):
+                yield _as_object_list(entry, self.category)
+            return
+        names = [name for name in (self.box, self.category, "area", "iscrowd") if name in dataset.column_names]
+        for batch in dataset.select_columns(names).with_format(None).iter(batch_size=1000):
+            for row in zip(*(batch[name] for name in names), strict=True):
+                yield _as_object_list(dict(zip(names, row, strict=True)), self.category)
+
+
+def _find_columns(dataset: Dataset, source: str) -> _Columns:
+    """The image column, and where boxes and categories are."""
     described = ", ".join(f"{name}: {feature}" for name, feature in dataset.features.items())
     wanted = (
         "An image column and `objects` with `bbox` and a category are needed: rename or map the columns; or give a "
@@ -161,25 +248,46 @@ def _find_columns(dataset: Dataset, source: str) -> tuple[str, str, str]:
     image_key = next((name for name, feature in dataset.features.items() if isinstance(feature, Image)), None)
     if image_key is None:
         raise UserError(f"{source} has no column of images. Columns found: {described}. {wanted}")
-    if "objects" not in dataset.features:
-        raise UserError(f"{source} has no column `objects`. Columns found: {described}. {wanted}")
-    fields = _object_fields(dataset)
-    box_key = next((key for key in BOX_KEYS if key in fields), None)
-    category_key = next((key for key in CATEGORY_KEYS if key in fields), None)
-    if box_key is None or category_key is None:
+    others = [name for name in dataset.features if name != image_key]
+    for name in sorted(others, key=lambda name: name != "objects"):  # of several, that of the usual name
+        box_key, category_key = _box_and_category(_object_fields(dataset.features[name]))
+        if box_key is not None and category_key is not None:
+            return _Columns(image_key, name, box_key, category_key)
+    if "objects" in others:
+        fields = _object_fields(dataset.features["objects"])
+        box_key, _ = _box_and_category(fields)
         missing = f"boxes (any of {BOX_KEYS})" if box_key is None else f"categories (any of {CATEGORY_KEYS})"
         raise UserError(f"`objects` of {source} has no {missing}; it has {', '.join(fields) or 'no fields'}. {wanted}")
-    return image_key, box_key, category_key
+    box_key, category_key = _box_and_category(_column_fields(dataset))
+    if box_key is not None and category_key is not None:
+        return _Columns(image_key, None, box_key, category_key)
+    raise UserError(
+        f"{source} has no column `objects`. Columns found: {described}; none has both boxes and categories. {wanted}"
+    )
 
 
-def _object_fields(dataset: Dataset) -> dict:
+def _box_and_category(fields: dict) -> tuple[str | None, str | None]:
+    return (
+        next((key for key in BOX_KEYS if key in fields), None),
+        next((key for key in CATEGORY_KEYS if key in fields), None),
+    )
+
+
+def _object_fields(feature: Any) -> dict:
     """The features of one object, whether objects are stored as lists of values or as a list of objects."""
-    feature = dataset.features["objects"]
     feature = getattr(feature, "feature", feature)  # List(...) or Sequence(...)
     if isinstance(feature, list):
         feature = feature[0]
     fields = feature if isinstance(feature, dict) else {}
     return {key: _innermost(value) if key in CATEGORY_KEYS else value for key, value in fields.items()}
+
+
+def _column_fields(dataset: Dataset) -> dict:
+    """The features of one object where each of its fields is a column of lists."""
+    columns = {
+        key: value for key, value in dataset.features.items() if isinstance(value, list) or hasattr(value, "feature")
+    }
+    return {key: _innermost(value) if key in CATEGORY_KEYS else value for key, value in columns.items()}
 
 
 def _innermost(feature):
@@ -188,17 +296,17 @@ def _innermost(feature):
     return feature
 
 
-def _read_categories(splits: dict[str, Dataset], category_key: str) -> tuple[dict, list[str]]:
+def _read_categories(splits: dict[str, Dataset], columns: _Columns) -> tuple[dict, list[str]]:
     """Stored value -> label for all splits together (a class may be absent from one), and the label names."""
     first = next(iter(splits.values()))
-    feature = _object_fields(first).get(category_key)
+    feature = columns.fields(first).get(columns.category) if columns.objects in (None, *first.column_names) else None
     if isinstance(feature, ClassLabel):
         return {index: index for index in range(feature.num_classes)}, list(feature.names)
     values: set[Any] = set()
     for dataset in splits.values():
-        if "objects" in dataset.column_names:
-            for entry in _iterate_column(dataset, "objects"):
-                values.update(_category(one) for one in _as_object_list(entry, category_key))
+        if (columns.objects or columns.category) in dataset.column_names:
+            for objects in columns.iterate(dataset):
+                values.update(_category(one) for one in objects)
     values.discard(None)
     if any(isinstance(value, str) for value in values):
         ordered = sorted(map(str, values))
@@ -234,17 +342,16 @@ def _as_object_list(entry, category_key: str) -> list[dict]:
 def _read_annotations(
     plain: Dataset,
     headers: list[ImageHeader | UnreadableImageError],
-    box_key: str,
-    category_key: str,
+    columns: _Columns,
     categories: dict,
     report: LoadingReport,
 ) -> AnnotationList:
     """The objects of all images that have a header."""
     result = AnnotationList()
-    for row, (header, entry) in enumerate(zip(headers, _iterate_column(plain, "objects"), strict=True)):
-        for one in _as_object_list(entry, category_key) if isinstance(header, ImageHeader) else ():
+    for row, (header, objects) in enumerate(zip(headers, columns.iterate(plain), strict=True)):
+        for one in objects if isinstance(header, ImageHeader) else ():
             label = categories.get(_category(one))
-            box = one.get(box_key)
+            box = one.get(columns.box)
             if box is None:
                 report.add("invalid_annotation", f"row {row}: {one}"[:200])
                 continue

@@ -13,24 +13,31 @@ Images may also lie in `images/S2017/` or `images/S/`, or be named relative to t
 Files are referenced by path. Nothing is cached: a changed annotation file or image is seen at the next loading.
 """
 
+import contextlib
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
-from ..errors import UserError
-from .annotated_files import FoundFile, find_image_files
-from .annotations import AnnotationList, ImageList, assemble, image_path_column, stated_size
-from .fields import Id, IdTable, as_id, as_text, category_order, is_text, record_ids
-from .images import UnreadableImageError, read_headers
-from .layouts import ANNOTATION_DIRECTORIES, EXPECTED, ROBOFLOW_FILE, annotation_files, image_directories
-from .records import DETECTION_FEATURES, SPLIT_NAMES, DetectionData, LoadingReport, split_aliases
+from ...errors import UserError
+from ..annotations import AnnotationList, stated_size
+from ..fields import Id, IdTable, as_id, as_text, category_order
+from ..plausibility import check_category_ids
+from ..records import SPLIT_NAMES, LoadingReport, MissingSplitError, split_aliases
+from .annotated_images import INSTEAD_OF_A_SPLIT, AnnotatedImages, Request, listing_of, shortened, words_of
+from .layouts import (
+    ANNOTATION_DIRECTORIES,
+    EXPECTED,
+    ROBOFLOW_FILE,
+    annotation_files,
+    entries_of,
+    image_directories,
+    is_json_file,
+    is_of_datasets,
+)
 
 # Other annotations of the same images, which a split has beside those of its instances.
 _OTHER_TASKS = ("caption", "panoptic", "keypoint", "stuff", "image_info", "segm")
@@ -52,63 +59,77 @@ class CocoSplit:
     image_directories: list[Path]
     usual: list[Path]
 
+    @property
+    def name_of_file(self) -> str:
+        """The annotation file, relative to the data directory if it is there."""
+        within = self.annotation_file.is_relative_to(self.root)
+        return str(self.annotation_file.relative_to(self.root) if within else self.annotation_file)
 
-def load_coco_directory(
-    path: Path,
-    split: str,
-    *,
-    strict: bool = False,
-    max_samples: int | None = None,
-    bbox_format: str | None = None,
-    allow_outside: bool = False,
-) -> DetectionData:
-    """Load a split of a directory in COCO's layout.
+
+def read(request: Request) -> AnnotatedImages:
+    """A split of a directory in COCO's layout, or of an annotation file.
 
     Labels are the categories in ascending order of their ids. Images without annotations are kept, crowds are kept and
-    marked. What is broken is left out or repaired, counted in the report and logged once.
-
-    Args:
-        path: the directory, or an annotation file of it.
-        split: `train`, `val`, `test` or the name used in the file names.
-        strict: refuse a data set in which anything is broken.
-        max_samples: load the first images only.
-        bbox_format: of `BOX_FORMATS`; `xywh` if not given, unless the boxes are plainly something else.
-        allow_outside: read images whose file names lead out of the directory, too.
+    marked.
 
     Raises:
-        FileNotFoundError: directory, annotation file, image directory or all of the images are missing.
-        ValueError: the annotation file is not COCO JSON, the boxes are in another format, or anything is broken and
-            `strict` is set.
+        FileNotFoundError: directory, annotation file or image directory are missing.
+        ValueError: the annotation file is not COCO JSON.
     """
-    place = find_coco_split(path, split)
-    report = LoadingReport(f"{place.root.name}/{split} ({place.annotation_file})")
+    assert request.path is not None
+    if request.images is not None:
+        place = CocoSplit(request.images, request.path, [request.images], [])
+    elif request.alone:
+        place = _place_of_file(request.path, request.split)
+    else:
+        place = find_coco_split(request.path, request.split)
+    report = LoadingReport(f"{place.root.name}/{request.split} ({place.annotation_file})")
     content = _read_annotation_file(place.annotation_file, report)
-    category_ids, label_names = _read_categories(content["categories"], place.annotation_file, report)
-
+    categories = _without_supercategory(content["categories"], content["annotations"])
+    left_out = (
+        "" if categories is content["categories"] else f", without the group {content['categories'][0]['name']!r}"
+    )
+    category_ids, label_names = _read_categories(categories, place.annotation_file, report)
     entries = _read_image_entries(content["images"], report)
     own_ids = [entry["id"] for entry in entries]
-    ids, differing_ids = record_ids(own_ids)
-    rows, files = _find_images(entries[:max_samples], place, allow_outside, report)
-    paths = [as_text(path) for path in files]
-    headers = read_headers(files)
-    images = ImageList(
-        ids=ids[rows],
-        headers=[
-            header if is_text(path) else UnreadableImageError("its path is no UTF-8 text, rename it")
-            for path, header in zip(files, headers, strict=True)
-        ],
-        stated_sizes=[entries[row]["size"] for row in rows],
-        names=paths,
-        own_ids=differing_ids,
+    return AnnotatedImages(
+        report=report,
+        root=place.root,
+        directories=place.image_directories,
+        file_names=[entry["file_name"] for entry in entries],
+        label_names=label_names,
+        annotations=_read_annotations(content["annotations"], own_ids, category_ids, report),
+        category_ids=category_ids,
+        ids=own_ids,
+        sizes=[entry["size"] for entry in entries],
+        usual=place.usual,
+        evidence=f"{place.name_of_file}{left_out}",
     )
-    place_of_row = {row: index for index, row in enumerate(rows)}
-    annotations = _read_annotations(content["annotations"], own_ids, place_of_row, category_ids, report)
-    kept, columns = assemble(images, annotations, report, bbox_format)
-    column = image_path_column([paths[row] for row in kept])
-    dataset = Dataset.from_dict({"image": column, **columns}, features=DETECTION_FEATURES)
-    report.conclude(strict)
-    name = f"{place.root.name}-{split}"
-    return DetectionData(dataset, label_names, category_ids, name, report, differing_ids)
+
+
+def recognise(path: Path) -> str | None:
+    """What a path has of COCO's format, in words."""
+    if path.is_file():
+        return path.name if is_json_file(path) else None
+    if roboflow := sorted(path.glob(f"*/{ROBOFLOW_FILE}")) or sorted(path.glob(ROBOFLOW_FILE)):
+        return shortened([str(file.relative_to(path)) for file in roboflow], 3)
+    usual = path / "annotations"
+    if usual.is_dir() and (files := [file.name for file in entries_of(usual) if is_json_file(file)]):
+        return shortened([f"annotations/{name}" for name in sorted(files)], 3)
+    if is_of_datasets(path):
+        return None
+    return shortened([str(file.relative_to(path)) for file in annotation_files(path)], 3) or None
+
+
+def splits(path: Path) -> list[str]:
+    """The splits that a path has."""
+    found = []
+    for split in SPLIT_NAMES:
+        with contextlib.suppress(FileNotFoundError):
+            place = find_coco_split(path, split)
+            if path.is_dir() or place.annotation_file == path:
+                found.append(split)
+    return found
 
 
 def find_coco_split(path: Path, split: str) -> CocoSplit:
@@ -129,10 +150,11 @@ def find_coco_split(path: Path, split: str) -> CocoSplit:
     if place is not None:
         return place
     found = sorted(str(file.relative_to(path)) for file in {*path.glob("annotations/*"), *annotation_files(path)})
-    raise FileNotFoundError(
+    make = f" {INSTEAD_OF_A_SPLIT}" if split in SPLIT_NAMES["val"] else ""
+    raise MissingSplitError(
         f"No annotations of split {split!r} in {path}. Looked for {', '.join(tried)}; annotation files found: "
-        f"{_shortened(found) or 'none'}; in the directory: {_listing(path)}. Choose a split that is there or "
-        "rename the files."
+        f"{shortened(found) or 'none'}; in the directory: {listing_of(path)}. Choose a split that is there or "
+        f"rename the files.{make}"
     )
 
 
@@ -148,7 +170,7 @@ def _find_split(root: Path, split: str) -> tuple[CocoSplit | None, list[str]]:
             tried.append(str(annotation_file.relative_to(root)))
             if annotation_file.is_file():
                 return _with_images(root, annotation_file, image_dir_names, usual_file=True), tried
-    others = [file for file in annotation_files(root) if file.name != ROBOFLOW_FILE]
+    others = [file for file in annotation_files(root) if file.name != ROBOFLOW_FILE or file.parent == root]
     named = [file for file in others if _is_of_split(file, root, split)]
     instances = [file for file in named if not any(task in file.name.lower() for task in _OTHER_TASKS)]
     candidates = instances or named
@@ -166,43 +188,48 @@ def _find_split(root: Path, split: str) -> tuple[CocoSplit | None, list[str]]:
     return _with_images(root, candidates[0], (stem, *split_aliases(split), f"{split}2017")), tried
 
 
-def _split_of_file(path: Path, split: str) -> CocoSplit:
-    """The split of the data set that an annotation file belongs to; the file itself if that is its split."""
+def _root_of_file(path: Path) -> Path:
+    """The data directory that an annotation file belongs to."""
     parent = path.parent
     known = {*ANNOTATION_DIRECTORIES, *(name for names in SPLIT_NAMES.values() for name in names)}
     within = parent.name.lower() in known or path.name == ROBOFLOW_FILE
-    root = parent.parent if within else parent
+    return parent.parent if within else parent
+
+
+def _place_of_file(path: Path, split: str) -> CocoSplit:
+    """An annotation file as that of a split."""
+    root = _root_of_file(path)
+    stem = path.name.split(".")[0].removeprefix("instances_")
+    names = (stem, *_splits_of(path, root), *split_aliases(split), f"{split}2017")
+    return _with_images(root, path, names)
+
+
+def _split_of_file(path: Path, split: str) -> CocoSplit:
+    """The split of the data set that an annotation file belongs to; the file itself if that is its split."""
+    root = _root_of_file(path)
     own_splits = _splits_of(path, root)
     if _is_of_split(path, root, split) or (not own_splits and split in SPLIT_NAMES["train"]):
-        stem = path.name.split(".")[0].removeprefix("instances_")
-        names = (stem, *(own_splits or ()), *split_aliases(split), f"{split}2017")
-        return _with_images(root, path, names)
+        return _place_of_file(path, split)
     if own_splits:
         place, _ = _find_split(root, split)
         if place is not None:
             return place
     own = f"split {', '.join(own_splits)}" if own_splits else "one split, which is taken for train"
-    raise FileNotFoundError(
+    make = f" {INSTEAD_OF_A_SPLIT}" if split in SPLIT_NAMES["val"] else ""
+    raise MissingSplitError(
         f"{path} has the annotations of {own}; there are none of split {split!r} in {root}. Write them to "
-        f"annotations/instances_{split}.json in the directory with the images, or name the split that is there."
+        f"annotations/instances_{split}.json in the directory with the images, or name the split that is there.{make}"
     )
 
 
 def _splits_of(file: Path, root: Path) -> list[str]:
     """The splits that the name of an annotation file, or of its directory below `root`, speaks of."""
     known = [name for names in SPLIT_NAMES.values() for name in names]
-    return [name for name in known if name in _words(file, root)]
+    return [name for name in known if name in words_of(file.relative_to(root))]
 
 
 def _is_of_split(file: Path, root: Path, split: str) -> bool:
-    return any(name.lower() in _words(file, root) for name in split_aliases(split))
-
-
-def _words(file: Path, root: Path) -> set[str]:
-    """The words of a file's name, with and without their digits, and the name of its directory."""
-    stem = file.name.split(".")[0].lower()
-    words = {*re.split(r"[^a-z0-9]+", stem), *re.split(r"[^a-z]+", stem), stem.removeprefix("instances_")}
-    return words if file.parent == root else words | {file.parent.name.lower()}
+    return any(name.lower() in words_of(file.relative_to(root)) for name in split_aliases(split))
 
 
 def _with_images(
@@ -223,14 +250,6 @@ def _with_images(
     if len(holding) == 1:
         directories = list(dict.fromkeys([*holding, *directories]))
     return CocoSplit(root, annotation_file, directories, usual)
-
-
-def _listing(root: Path, limit: int = 12) -> str:
-    return _shortened(sorted(path.name + "/" * path.is_dir() for path in root.iterdir()), limit) or "nothing"
-
-
-def _shortened(names: Sequence[str], limit: int = 12) -> str:
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} entries)" if len(names) > limit else "")
 
 
 def _read_annotation_file(path: Path, report: LoadingReport) -> dict:
@@ -305,6 +324,20 @@ def _of_another_kind(content: dict) -> str:
     return ""
 
 
+def _without_supercategory(categories: list, annotations: list) -> list:
+    """The categories but for one that Roboflow lists as the first and names all others' supercategory after, and that
+    no object has; exports of the same data in other formats do not have it."""
+    listed = [category for category in categories if isinstance(category, dict)]
+    first = listed[0] if len(listed) > 1 and listed == categories else {}
+    if (
+        first.get("supercategory") != "none"
+        or any(category.get("supercategory") != first.get("name") for category in listed[1:])
+        or any(isinstance(one, dict) and one.get("category_id") == first.get("id") for one in annotations)
+    ):
+        return categories
+    return listed[1:]
+
+
 def _read_categories(categories: list, annotation_file: Path, report: LoadingReport) -> tuple[list[Id], list[str]]:
     names: dict[Id, str] = {}
     for category in categories:
@@ -352,61 +385,21 @@ def _read_image_entries(images: list, report: LoadingReport) -> list[dict]:
     return entries
 
 
-def _find_images(
-    entries: list[dict], place: CocoSplit, allow_outside: bool, report: LoadingReport
-) -> tuple[list[int], list[str]]:
-    """The entries whose files are there, and their files."""
-    names = [entry["file_name"] for entry in entries]
-    found = find_image_files(names, place.root, place.image_directories, allow_outside=allow_outside)
-    rows = [row for row, file in enumerate(found) if file.path is not None]
-    if entries and not rows:
-        raise FileNotFoundError(_why_no_image_is_found(names[0], len(names), place, found))
-    for name, file in zip(names, found, strict=True):
-        if file.issue is not None:
-            where = f" is {file.path}" if file.path else ""
-            report.add(file.issue, f"{place.image_directories[0] / name}" if not where else f"{name}{where}")
-    return rows, [file.path for file in found if file.path is not None]
-
-
-def _why_no_image_is_found(example: str, count: int, place: CocoSplit, found: list[FoundFile]) -> str:
-    example = as_text(example)
-    if any(file.issue == "outside_image_file" for file in found):
-        return (
-            f"None of the {count} images that {place.annotation_file} names is in the data directory {place.root}, "
-            f"and names such as {example!r} lead out of it. Move the images there, or, if you trust the file, read "
-            "them with NAME:outside=true."
-        )
-    if not any(directory.is_dir() for directory in (*place.usual, place.root / "images")):
-        usual = ", ".join(str(directory.relative_to(place.root)) for directory in place.usual)
-        return (
-            f"{place.annotation_file} is there, but none of the image directories {usual} is in {place.root}, and no "
-            f"image {example!r}. Found: {_listing(place.root)}. Put the images in one of these, or link to them."
-        )
-    directory = place.image_directories[0]
-    return (
-        f"None of the {count} images that the annotations name is in {directory}, e.g. {example!r}; found there: "
-        f"{_listing(directory, 4)}."
-    )
-
-
 def _read_annotations(
-    annotations: list,
-    image_ids: list[Id],
-    place_of_row: dict[int, int],
-    category_ids: list[Id],
-    report: LoadingReport,
+    annotations: list, image_ids: list[Id], category_ids: list[Id], report: LoadingReport
 ) -> AnnotationList:
-    """The objects of images that were found.
+    """The objects of the listed images.
 
     Args:
         annotations: As the file lists them.
         image_ids: Of all images that the file lists.
-        place_of_row: Which of these were found, and their places among those.
         category_ids: In the order of their labels.
         report: Is told what is left out.
     """
     images, labels = IdTable(image_ids), IdTable(category_ids)
     result = AnnotationList()
+    used = (as_id(annotation.get("category_id")) for annotation in annotations if isinstance(annotation, dict))
+    check_category_ids((category_id for category_id in used if category_id is not None), category_ids, report)
     for annotation in annotations:
         if not isinstance(annotation, dict) or "bbox" not in annotation:
             report.add("invalid_annotation", str(annotation)[:200])
@@ -419,9 +412,9 @@ def _read_annotations(
         elif label is None:
             described = f"annotation id {annotation.get('id')}, category_id {annotation.get('category_id')!r}"
             report.add("unknown_category", described)
-        elif row in place_of_row:  # else its image was left out and counted
+        else:
             result.append(
-                image_index=place_of_row[row],
+                image_index=row,
                 label=label,
                 bbox=annotation["bbox"],
                 area=annotation.get("area"),
