@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection on image files, and the pictures of it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -170,6 +171,99 @@ def test_interrupted_run_keeps_what_was_done(model_directory, pictures, tmp_path
     assert not content["complete"]
     assert [Path(image["file"]).name for image in content["images"]] == ["0.png", "1.png", "2.png"]
     assert all((tmp_path / "out" / image["annotated"]).is_file() for image in content["images"])
+
+
+class Killed(BaseException):
+    """Nothing is caught, as if the process were no more."""
+
+
+def stop_after(job, count: int, error: type[BaseException]) -> None:
+    """Let a job of batches of one image look at so many, and then end by an error."""
+    detector, calls = job.detector, []
+
+    def ending(*arguments, **options):
+        calls.append(1)
+        if len(calls) > count:
+            raise error
+        return detector(*arguments, **options)
+
+    object.__setattr__(job, "detector", ending)
+    ending.model = detector.model
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Killed])
+def test_run_that_was_stopped_is_gone_on_with(model_directory, pictures, tmp_path, caplog, error):
+    given = {"output_dir": str(tmp_path / "out"), "device": "cpu", "batch_size": 1, "threshold": 0.0}
+    run(model_directory, [pictures], tmp_path / "whole", batch_size=1, threshold=0.0)
+    with contextlib.suppress(Killed):
+        job = prepare_prediction(str(model_directory), [str(pictures)], **given)
+        stop_after(job, 10, error)
+        job.run(progress=False)
+    (journal,) = (tmp_path / "out").glob("predictions.partial-*.jsonl")
+    journal.write_text(journal.read_text() + '["half a li')
+    with caplog.at_level("INFO", logger="deperceiver_hf"):
+        job = prepare_prediction(str(model_directory), [str(pictures)], **given)
+        stop_after(job, 7, Killed)  # it has no need to look at more than the parts that are left
+        report = job.run(progress=False)
+    assert "4 of 14 images were looked at by an earlier run" in caplog.text
+    assert report.complete
+    assert (tmp_path / "out" / "predictions.json").read_text() == (tmp_path / "whole" / "predictions.json").read_text()
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+    for path in (tmp_path / "whole" / "annotated").rglob("*.*"):
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("change", ["file", "picture", "threshold", "model", "inputs"])
+def test_what_has_changed_since_is_looked_at_again(model_directory, pictures, tmp_path, change):
+    model = shutil.copytree(model_directory, tmp_path / "model")
+    given = {"output_dir": str(tmp_path / "out"), "device": "cpu", "batch_size": 1, "threshold": 0.0}
+    job = prepare_prediction(str(model), [str(pictures / "a" / "?.png")], **given)
+    stop_after(job, 4, KeyboardInterrupt)
+    job.run(progress=False)
+    assert list((tmp_path / "out").glob("*.jsonl"))
+    inputs = [str(pictures / "a" / "?.png")]
+    match change:
+        case "file":
+            save_image(pictures / "a" / "0.png", seed=77)
+        case "picture":
+            (tmp_path / "out" / "annotated" / "0.png").unlink()
+        case "threshold":
+            given["threshold"] = 0.1
+        case "model":
+            os.utime(model / "model.safetensors")
+        case "inputs":
+            inputs = [str(pictures / "a" / "[1-5].png")]
+    job = prepare_prediction(str(model), inputs, **given)
+    stop_after(job, 4, KeyboardInterrupt)
+    assert len(job.run(progress=False).images) == 4  # and not more, as it were if something was taken over
+
+
+@pytest.mark.heavy
+def test_two_processes_find_what_one_finds(model_directory, pictures, tmp_path):
+    config = Path(__file__).parents[1] / "examples" / "accelerate" / "several_cpu_processes.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes"]
+    inputs = [pictures / "a" / "?.png", pictures / "b"]
+    arguments = ["--model", model_directory, "--threshold", "0", "--batch_size", "2", *inputs]
+    found = {}
+    for count in ("1", "2"):
+        command = [*launch, "2", SCRIPT] if count == "2" else [sys.executable, SCRIPT]
+        done = subprocess.run(
+            [*command, *arguments, "--output_dir", tmp_path / count],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 1, done.stderr  # of the broken files
+        assert "2 files failed" in done.stdout
+        assert ("2 processes on cpu." in done.stderr) == (count == "2")
+        found[count] = {
+            str(path.relative_to(tmp_path / count)): path.read_bytes()
+            for path in (tmp_path / count).rglob("*")
+            if path.is_file()
+        }
+    assert found["1"] == found["2"]
+    assert len(found["1"]) == 1 + 10
 
 
 def test_image_that_the_model_fails_on_does_not_take_its_batch_along(model_directory, pictures, tmp_path):

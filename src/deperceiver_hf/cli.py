@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print(_as_json(result) if as_json else printable(result.summary(), keep="\n\t"))
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return getattr(result, "exit_code", 0)
+    # Launchers end all processes as soon as one of them fails: the first one speaks for all.
+    return getattr(result, "exit_code", 0) if _is_main_process() else 0
 
 
 def _find_command(arguments: list[str]) -> tuple[str, list[str]]:

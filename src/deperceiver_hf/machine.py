@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import get_int_from_env
+from accelerate.utils import get_int_from_env, patch_environment, str_to_bool
+from transformers.utils import logging
 
 from .errors import UserError
 from .output_files import as_path, write_json
+
+logger = logging.get_logger(__name__)
 
 PACKAGES = ("deperceiver-hf", "torch", "torchvision", "transformers", "accelerate", "timm", "pycocotools")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -31,6 +34,17 @@ CLEARLY_FASTER = 0.95  # of the time of what is taken otherwise
 # As launchers call it: how many processes of a run are on this machine.
 PROCESSES_HERE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 HALF_PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# What `accelerate launch` says of sharding in the environment, what it may say, and what to tell it.
+SHARDING = {
+    "FSDP_VERSION": ("2", "fsdp_version: 2"),
+    "FSDP_AUTO_WRAP_POLICY": ("NO_WRAP", "fsdp_auto_wrap_policy: NO_WRAP, for the model is one group of shards"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "fsdp_offload_params: false"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "fsdp_cpu_ram_efficient_loading: false"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "false",
+        "fsdp_activation_checkpointing: false, and --gradient_checkpointing to the training instead",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,14 @@ class Precision:
 def find_device(name: str = "auto") -> torch.device:
     """The device of this name: `cpu`, `cuda:1`, `mps`, `xpu`, ...; `auto` is torch's accelerator, or else the CPU.
 
+    `accelerate launch --cpu` makes `auto` the CPU.
+
     Raises:
         ValueError: There is no such device, or it cannot be used.
     """
     if name == "auto":
-        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return best or torch.device("cpu")
+        usable = torch.accelerator.is_available() and not str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
+        return (torch.accelerator.current_accelerator() if usable else None) or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -79,24 +95,58 @@ def find_device(name: str = "auto") -> torch.device:
 def make_accelerator(device: str = "auto", **arguments: Any) -> Accelerator:
     """The accelerator for a device of [`find_device`]; with `auto`, the one of each process.
 
-    Unlike `Accelerator()`, it makes a group of the processes that `torchrun` starts on a machine without a GPU.
+    Unlike `Accelerator()`, it makes a group of the processes that `torchrun` starts on a machine without a GPU, and
+    does not shard models, which the training does itself. It says how many processes there are.
 
     Args:
         device: Name of the device.
         arguments: Those of `accelerate.Accelerator`.
 
     Raises:
-        ValueError: There is no such device, or accelerate takes another one.
+        ValueError: There is no such device, or accelerate takes another one, or `accelerate launch` asked for sharding
+            in a way that is not supported.
     """
-    if device == "auto":
-        return Accelerator(cpu=not torch.accelerator.is_available(), **arguments)
+    is_sharding_asked_for()
     chosen = find_device(device)
-    if chosen.index is not None:
+    if chosen.index is not None and device != "auto":
         torch.accelerator.set_device_index(chosen.index)
-    accelerator = Accelerator(cpu=chosen.type == "cpu", **arguments)
-    if accelerator.device.type != chosen.type:
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        accelerator = Accelerator(cpu=chosen.type == "cpu", **arguments)
+    if device != "auto" and accelerator.device.type != chosen.type:
         raise UserError(f"device {device!r} was asked for, but accelerate takes {str(accelerator.device)!r} here.")
+    if accelerator.is_main_process:
+        processes_launched()
+        count = accelerator.num_processes
+        logger.info(f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}.")
     return accelerator
+
+
+def is_sharding_asked_for() -> bool:
+    """Whether `accelerate launch` was told to shard the model over the processes (FSDP2).
+
+    Raises:
+        ValueError: In a way that is not supported.
+    """
+    if not str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        return False
+    if wrong := [needed for name, (value, needed) in SHARDING.items() if os.environ.get(name, value) != value]:
+        raise UserError(
+            f"sharding (FSDP) is supported with other settings; tell `accelerate launch` {'; '.join(wrong)}."
+        )
+    return True
+
+
+def processes_launched() -> int:
+    """How many processes a launcher has started to work together. A warning says if it was asked for more than one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    # accelerate gives processes an address to meet at, and starts a single one that does not know of it.
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "RANK" not in os.environ:
+        logger.warning(
+            "`accelerate launch` was asked for several processes and has started one: it starts several for several "
+            "GPUs, and on a CPU only if it is told --multi_gpu, whatever the name says, or by "
+            "`torchrun --nproc_per_node N`."
+        )
+    return count
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:

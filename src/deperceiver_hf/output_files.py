@@ -5,12 +5,13 @@ All paths may begin with `~`, the user's home directory: see [`expand_home`].
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -112,6 +113,67 @@ def is_temporary(path: Path, *, of: Path) -> bool:
     """Whether a path is one of `atomic_path`, which a killed writer of the file `of` has left."""
     name = re.escape(_name_within_temporary(of))
     return path.parent == of.parent and re.fullmatch(rf"\.\d+\.{name}", path.name) is not None
+
+
+def file_state(path: Path) -> tuple[int, int] | tuple[()]:
+    """Size of a file and time of its last change, which tell whether it is still the same; nothing without a file."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return ()
+    return facts.st_size, facts.st_mtime_ns
+
+
+class Journal:
+    """What has been found so far, in files beside the one that all of it will be in, so that a later run can go on.
+
+    A result has a key, which says of what it is, and is a line of JSON. Each process writes to a file of its own,
+    `NAME.partial-INDEX.jsonl`; a line that a killed writer has left half-written is passed over.
+
+    Args:
+        target: File that all results will be in.
+        index: Of this process.
+    """
+
+    def __init__(self, target: str | os.PathLike, index: int = 0):
+        self._target = as_path(target)
+        self._file = self._target.with_name(f"{self._target.stem}.partial-{index}.jsonl")
+
+    def files(self) -> list[Path]:
+        """Those that are there, of all processes."""
+        return sorted(self._target.parent.glob(f"{glob.escape(self._target.stem)}.partial-*.jsonl"))
+
+    def read(self, keys: Collection[str]) -> dict[str, Any]:
+        """The results of these keys that are there."""
+        results: dict[str, Any] = {}
+        for file in self.files():
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError):
+                    key, result = json.loads(line)
+                    results[key] = result
+        return {key: results[key] for key in keys if key in results}
+
+    def start(self, results: dict[str, Any]) -> None:
+        """Begin with these results, and without all files that are there."""
+        with atomic_path(self._file) as temporary:
+            temporary.write_text("".join(_line(*result) for result in results.items()), encoding="utf-8")
+        for file in self.files():
+            if file != self._file:
+                file.unlink()
+
+    def add(self, key: str, result: Any) -> None:
+        """Write a result behind the others."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(_line(key, result))
+
+    def remove(self) -> None:
+        """Delete all files."""
+        for file in self.files():
+            file.unlink()
+
+
+def _line(key: str, result: Any) -> str:
+    return json.dumps([key, result], allow_nan=False) + "\n"
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

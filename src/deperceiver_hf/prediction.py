@@ -5,6 +5,8 @@ import argparse
 import contextlib
 import errno
 import functools
+import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -25,10 +29,13 @@ from .data.images import has_more_frames, limit_pixels, open_rgb
 from .drawing import Boxes, draw_boxes, require_supervision
 from .errors import FAILURE_CODE, INTERRUPTED_CODE, FailedRunError, UserError, is_out_of_memory, one_line
 from .jobs import printable
-from .machine import find_device
+from .machine import find_device, make_accelerator, processes_launched, versions
 from .output_files import (
+    Journal,
     as_path,
     atomic_path,
+    expand_home,
+    file_state,
     require_writable_directory,
     require_writable_file,
     unique_names,
@@ -50,7 +57,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 JSON_NAME, PICTURE_DIRECTORY = "predictions.json", "annotated"
-BATCHES_IN_WAITING = 4  # images are read this many batches ahead to find some of equal size
+FOUND = ("images", "errors", "first_frames")  # fields of the report that have entries of files
+BATCHES_IN_A_PART = 4  # images are read this many batches ahead to find some of equal size
 NAMED_IN_SUMMARY = 10  # files that failed for one reason are all named up to this number
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no further picture can be written either
 
@@ -88,6 +96,19 @@ class PredictionReport:
             return INTERRUPTED_CODE
         return FAILURE_CODE if self.errors else 0
 
+    def counts(self) -> dict[str, int]:
+        """How many entries there are of what is found file by file."""
+        return {name: len(getattr(self, name)) for name in FOUND}
+
+    def since(self, counts: Mapping[str, int] | None = None) -> dict[str, list[Any]]:
+        """The entries that have been made since there were so many; all of them by default."""
+        return {name: getattr(self, name)[(counts or {}).get(name, 0) :] for name in FOUND}
+
+    def add(self, found: Mapping[str, list[Any]]) -> None:
+        """Enter what another report says."""
+        for name in FOUND:
+            getattr(self, name).extend(found[name])
+
     def to_dict(self) -> dict[str, Any]:
         """The content of the JSON file."""
         return {name: value for name, value in vars(self).items() if name != "json_path"}
@@ -112,13 +133,16 @@ class PredictionReport:
         if self.left_out:
             lines.append(f"Left out: {describe_left_out(self.left_out)}")
         if not self.complete:
-            lines.append("Interrupted: the other files were not looked at.")
+            lines.append("Interrupted: the other files were not looked at. The same command goes on.")
         return "\n".join([*lines, f"Results: {printable(str(self.json_path))}"] if self.json_path else lines)
 
 
 @dataclass(frozen=True)
 class PredictionJob:
-    """Files, detector and output directory, all checked: what `prepare_prediction` returns and `run` carries out."""
+    """Files, detector and output directory, all checked: what `prepare_prediction` returns and `run` carries out.
+
+    The files are gone through in parts, which the processes share out among themselves and a later run takes over.
+    """
 
     model: str
     detector: Pipeline
@@ -127,6 +151,8 @@ class PredictionJob:
     threshold: float
     batch_size: int
     draw: bool
+    settings: dict[str, Any] = field(default_factory=dict)  # what else the results depend on, for `_parts`
+    accelerator: Accelerator | None = None  # of several processes
 
     @property
     def files(self) -> list[Path]:
@@ -137,12 +163,13 @@ class PredictionJob:
         return self.output_dir / JSON_NAME
 
     def run(self, progress: bool = True) -> PredictionReport:
-        """Detect on all files, and write JSON and pictures.
+        """Detect on all files, and write JSON and pictures; to be called on every process.
 
         A file that fails is recorded and the others go on. After Ctrl-C, and after an error that ends the run, such as
         a full disk, what is done by then is in the JSON file; if that has no place either, in one of the system's
-        directory for temporary files, which the error names. Files of an earlier run are overwritten where the names
-        are the same; nothing else is touched.
+        directory for temporary files, which the error names. A run that was interrupted or killed is gone on with by
+        the next one with the same arguments and files. Files of an earlier run are overwritten where the names are the
+        same; nothing else is touched.
 
         Raises:
             OSError: pictures or the JSON file cannot be written.
@@ -150,14 +177,58 @@ class PredictionJob:
         report = PredictionReport(
             self.model, self.threshold, left_out=self.found.counts_left_out, json_path=self.json_path
         )
-        report.errors += [
-            {"file": path, "error": f"cannot be read as an image: {reason}"}
-            for path, reason in self.found.refused.items()
-        ]
-        names = dict(zip(self.files, picture_names(self.files), strict=True))
+        problem: Exception | None = None
         try:
-            with _log_above_progress(), tqdm(total=len(self.files), desc="Detecting", disable=not progress) as bar:
-                for batch in self._batches(report, bar):
+            self._go_through_files(report, progress)
+            report.complete = True
+        except KeyboardInterrupt:
+            pass  # the report says that it is not complete
+        except Exception as error:
+            problem = error
+        reasons = self._gather(report, problem)
+        if self._is_main_process:
+            report.errors += [
+                {"file": path, "error": f"cannot be read as an image: {reason}"}
+                for path, reason in self.found.refused.items()
+            ]
+            position = {str(path): index for index, path in enumerate(self.files)}
+            for entries in (report.images, report.errors):
+                entries.sort(key=lambda entry: position.get(entry["file"], len(position)))
+            report.first_frames.sort(key=position.__getitem__)
+            self._write(report)
+            if report.complete:
+                with self._keeping():
+                    self._journal.remove()
+        if problem is not None:
+            raise problem
+        if reasons:
+            raise FailedRunError(f"another process has failed: {reasons[0]}")
+        return report
+
+    @property
+    def _is_main_process(self) -> bool:
+        return self.accelerator is None or self.accelerator.is_main_process
+
+    @property
+    def _journal(self) -> Journal:
+        return Journal(self.json_path, 0 if self.accelerator is None else self.accelerator.process_index)
+
+    def _go_through_files(self, report: PredictionReport, progress: bool) -> None:
+        """Enter what is found in the report: on the main process what an earlier run has found, on each its share."""
+        names = dict(zip(self.files, picture_names(self.files), strict=True))
+        parts = self._parts(names)
+        done = self._take_over(parts, report) if self._is_main_process else []
+        index, count = 0, 1
+        if self.accelerator is not None:
+            (done,) = broadcast_object_list([done])
+            index, count = self.accelerator.process_index, self.accelerator.num_processes
+        share = [part for part in parts.items() if part[0] not in done][index::count]
+        show = progress and self._is_main_process
+        total = sum(len(files) for _, files in share)
+        with _log_above_progress(), tqdm(total=total, desc="Detecting", disable=not show) as bar:
+            for key, files in share:
+                begun = report.counts()
+                for batch in self._batches(files, report, bar):
                     for path, image, detections in self._detect(batch, report):
                         entry: dict[str, Any] = {
                             "file": str(path),
@@ -170,16 +241,61 @@ class PredictionJob:
                         if self.draw:
                             entry["annotated"] = self._draw(path, names[path], image, detections, report)
                     bar.update(len(batch))
-            report.complete = True
-        except KeyboardInterrupt:
-            pass  # the report says that it is not complete
-        finally:
-            position = {str(path): index for index, path in enumerate(self.files)}
-            for entries in (report.images, report.errors):
-                entries.sort(key=lambda entry: position.get(entry["file"], len(position)))
-            report.first_frames.sort(key=position.__getitem__)
-            self._write(report)
-        return report
+                with self._keeping():
+                    self._journal.add(key, report.since(begun))
+
+    def _parts(self, names: Mapping[Path, str]) -> dict[str, list[Path]]:
+        """The files in parts of a few batches, by a key of all that decides what is found on them.
+
+        Batches are made within a part, so that what is found does not depend on how many processes there are.
+        """
+        size = BATCHES_IN_A_PART * self.batch_size
+        parts = [self.files[start : start + size] for start in range(0, len(self.files), size)]
+        settings = [self.model, self.threshold, self.batch_size, self.draw, self.settings]
+        keys = [[settings, [[str(path), names[path], *file_state(path)] for path in part]] for part in parts]
+        return {
+            hashlib.sha256(json.dumps(key).encode()).hexdigest(): part for key, part in zip(keys, parts, strict=True)
+        }
+
+    def _take_over(self, parts: Mapping[str, Any], report: PredictionReport) -> list[str]:
+        """Enter in the report what an earlier run has found before it was interrupted; returns the keys of its parts.
+
+        Parts in which something failed, and those whose pictures are gone, are left to this run.
+        """
+        known = {}
+        with self._keeping():
+            for key, found in self._journal.read(parts).items():
+                drawn = [image["annotated"] for image in found["images"] if image["annotated"] is not None]
+                if not found["errors"] and all((self.output_dir / name).is_file() for name in drawn):
+                    known[key] = found
+            self._journal.start(known)
+        for found in known.values():
+            report.add(found)
+        if known:
+            logger.info(
+                f"{len(report.images)} of {len(self.files)} images were looked at by an earlier run that was "
+                "interrupted; this one goes on from there."
+            )
+        return list(known)
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Within, what is found so far is written; where it has no place, the run goes on without."""
+        try:
+            yield
+        except OSError as error:
+            _warn_once(f"What is found so far cannot be kept for a later run: {one_line(error)}")
+
+    def _gather(self, report: PredictionReport, problem: Exception | None) -> list[str]:
+        """Bring what all processes have found into the report of each; returns why others have failed."""
+        if self.accelerator is None:
+            return []
+        own = {**report.since(), "complete": report.complete, "problem": problem and one_line(problem)}
+        others = [other for index, other in enumerate(gather_object([own])) if index != self.accelerator.process_index]
+        for other in others:
+            report.add(other)
+            report.complete &= other["complete"]
+        return [other["problem"] for other in others if other["problem"] is not None]
 
     def _write(self, report: PredictionReport) -> None:
         try:
@@ -191,10 +307,12 @@ class PredictionJob:
                 f"{self.json_path} cannot be written ({error.strerror}); what was found is in {rescued} instead."
             ) from error
 
-    def _batches(self, report: PredictionReport, bar: tqdm) -> Iterator[list[tuple[Path, Image.Image]]]:
+    def _batches(
+        self, files: Sequence[Path], report: PredictionReport, bar: tqdm
+    ) -> Iterator[list[tuple[Path, Image.Image]]]:
         """Images of equal size, so that nothing is padded: what is found does not depend on the batch."""
         waiting: dict[tuple[int, int], list[tuple[Path, Image.Image]]] = {}
-        for path in self.files:
+        for path in files:
             try:
                 image = open_rgb(path)
             except OSError as error:
@@ -206,8 +324,6 @@ class PredictionJob:
             waiting.setdefault(image.size, []).append((path, image))
             if len(waiting[image.size]) == self.batch_size:
                 yield waiting.pop(image.size)
-            elif sum(map(len, waiting.values())) >= BATCHES_IN_WAITING * self.batch_size:
-                yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
         yield from waiting.values()
 
     def _detect(
@@ -273,6 +389,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Make a parser that of the command."""
     parser.description = (
         "Detect objects on images: one JSON file for all, and a picture with the detections for each.\n\n"
+        "Under `accelerate launch` or `torchrun` the processes share the files out, with the same results. A run\n"
+        "that was interrupted or killed is gone on with by the same command; to begin anew, delete the files\n"
+        "OUTPUT_DIR/predictions.partial-*.jsonl.\n\n"
         "Exit codes: 0, all files were looked at; 1, some could not be (they are listed, and in the JSON under\n"
         "`errors`); 2, nothing was done because of the arguments; 130, interrupted (the JSON holds what was done)."
     )
@@ -346,12 +465,24 @@ def prepare_prediction(
     if draw:
         pictures = require_writable_directory(directory / PICTURE_DIRECTORY)
         _require_other_files(found.files, pictures, picture_names(found.files))
-    chosen = find_device(device)
+    accelerator = make_accelerator(device) if processes_launched() > 1 else None
+    if accelerator is not None:  # all work on the files that the main process sees
+        (found,) = broadcast_object_list([found])
+    chosen = find_device(device) if accelerator is None else accelerator.device
     dials: dict[str, Any] = {"num_queries": num_queries, "num_blocks": num_blocks, "token_share": token_share}
     detector, image_processor = load_detector(model, **dials)
     runner = pipeline("object-detection", model=detector, image_processor=image_processor, device=chosen)
     runner.model.register_forward_hook(_refuse_not_finite)
-    return PredictionJob(str(model), runner, found, directory, threshold, batch_size, draw)
+    settings = {
+        **dials,
+        "max_image_pixels": max_image_pixels,
+        "device": chosen.type,
+        "files": [[file.name, *file_state(file)] for file in sorted(Path(expand_home(model)).glob("*"))],
+        "versions": versions(),
+    }
+    return PredictionJob(
+        str(model), runner, found, directory, threshold, batch_size, draw, settings=settings, accelerator=accelerator
+    )
 
 
 def picture_names(files: Sequence[Path]) -> list[str]:

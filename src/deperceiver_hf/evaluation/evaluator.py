@@ -127,7 +127,7 @@ def evaluate_detector(
         (_with_data_labels(detections, labels) for detections in detected), key=lambda detections: detections.image_id
     )
     own_ids = [data.own_image_id(int(detections.image_id)) for detections in found]
-    scores = [_score(found, data, how) if accelerator.is_main_process else None]
+    scores = [score_detections(found, data, how) if accelerator.is_main_process else None]
     metrics = broadcast_object_list(scores)[0]
     per_class = metrics.pop("per_class")
     return EvaluationResult(
@@ -242,15 +242,19 @@ class _Detector:
             raise FloatingPointError(
                 f"The model predicts numbers that are not finite, for image_id {listing(i.image_id for i in images)}."
             )
-        post_process = self.image_processor.post_process_object_detection
-        # The metric is of boxes as predicted; other processors do not clip them.
-        as_predicted = {"clip": False} if "clip" in inspect.signature(post_process).parameters else {}
-        sizes = [image.size for image in images]
-        found = post_process(outputs, threshold=0.0, target_sizes=sizes, **as_predicted)
+        found = detections_as_predicted(self.image_processor, outputs, [image.size for image in images])
         return [
             Detections(image.image_id, **{key: columns[key].cpu().numpy() for key in ("scores", "labels", "boxes")})
             for image, columns in zip(images, found, strict=True)
         ]
+
+
+def detections_as_predicted(image_processor: Any, outputs: Any, sizes: list[tuple[int, int]]) -> list[dict]:
+    """`scores`, `labels` and `boxes` of every query on each image, of (height, width): the metric is of boxes as they
+    are predicted, which DePerceiver's processors clip to the image if nobody asks them not to, and others do not."""
+    post_process = image_processor.post_process_object_detection
+    as_predicted = {"clip": False} if "clip" in inspect.signature(post_process).parameters else {}
+    return post_process(outputs, threshold=0.0, target_sizes=sizes, **as_predicted)
 
 
 def _on_device(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -336,7 +340,8 @@ def _with_data_labels(detections: Detections, table: np.ndarray) -> Detections:
     return replace(detections, scores=detections.scores[known], labels=labels[known], boxes=detections.boxes[known])
 
 
-def _score(found: list[Detections], data: DetectionData, how: EvaluationOptions) -> dict:
+def score_detections(found: list[Detections], data: DetectionData, how: EvaluationOptions) -> dict:
+    """What `CocoDetectionMetric` says of detections with the data set's labels, one of each image, in order of ids."""
     metric = CocoDetectionMetric(
         data.label_names, max_detections=how.max_detections, area_boundaries=how.area_boundaries
     )

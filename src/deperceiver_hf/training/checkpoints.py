@@ -22,6 +22,7 @@ from ..output_files import write_json
 from .arguments import TrainingOptions
 from .averaging import WeightAverage
 from .run_directory import METRICS_FILE, STATE_FILE, RunDirectory, is_state, remove, temporary_path
+from .sharding import ModelShards
 
 # Found in states of version 0.2, which hold the schedule as a pickle: loading it runs whatever code is in it.
 PICKLED_SCHEDULE = "custom_checkpoint_0.pkl"
@@ -70,6 +71,7 @@ def save_state(
     fingerprint: dict[str, Any],
     computation: dict[str, Any],
     average: WeightAverage | None = None,
+    shards: ModelShards | None = None,
 ) -> Path:
     """Write the training state of all processes, then remove others; every process must call this.
 
@@ -78,12 +80,15 @@ def save_state(
         fingerprint: What must be the same when the run is resumed.
         computation: What a resumed run takes over.
         average: Of the weights, if the run has one.
+        shards: Of the model and its optimizer, if they are in some.
     """
     target = run_directory.state(progress.step, progress.epoch)
     if is_state(target):  # the run has not moved since
         return target
     with _written_by_all(accelerator, target) as temporary:
         accelerator.save_state(str(temporary))
+        if shards is not None:
+            shards.save(temporary)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if average is not None:
@@ -109,6 +114,7 @@ def load_state(
     schedule: LRScheduler,
     fingerprint: dict[str, Any],
     average: WeightAverage | None = None,
+    shards: ModelShards | None = None,
 ) -> TrainingProgress:
     """Restore what `save_state` wrote into the prepared objects of `accelerator` and the schedule.
 
@@ -127,6 +133,9 @@ def load_state(
     _require_whole(state, saved["sha256"])
     try:
         accelerator.load_state(str(state))
+        if shards is not None:
+            shards.load(state)
+            shards.gather()
         if average is not None:
             average.load(state)
         _require_restored_random_state(state / f"random_states_{accelerator.process_index}.pkl")

@@ -12,6 +12,7 @@ from torch import nn
 
 from .checkpoints import TrainingProgress
 from .setup import TrainingData
+from .sharding import own_part
 
 MOST_OVERFLOWS = 40  # in a row: a loss scaled down by 2**40 is not the scaler's fault
 MOST_NAMED = 8  # images in a message
@@ -114,7 +115,9 @@ class FinitenessGuard:
         tensors |= {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for number, moments in enumerate(optimizer.state.values()):
             tensors |= {f"{name} of the optimizer ({number})": value for name, value in moments.items()}
-        tensors = {name: t.detach() for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()}
+        tensors = {
+            name: own_part(t.detach()) for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()
+        }
         finite = torch.stack([tensor.isfinite().all().to(self.accelerator.device) for tensor in tensors.values()])
         if self.accelerator.reduce((~finite).float(), reduction="sum").any():
             broken = [name for name, fine in zip(tensors, finite.tolist(), strict=True) if not fine]

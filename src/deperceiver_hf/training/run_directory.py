@@ -4,7 +4,7 @@
     output_dir/
         state-00000400-0003/    newest training state (after 400 steps, 3 epochs), to go on from as if never stopped
             training_state.json     where the run is, its schedule, and what must be the same when it is resumed
-            ...                     what accelerate saves: weights, optimizer, random states
+            ...                     weights, optimizer (or the shards of both, see `sharding`) and random states
         epoch-003-step-400/     one of the best models: weights, configuration, image processor, metrics.json
         best -> epoch-003-step-400    (a copy where there are no symbolic links)
         last/                   the model at the end of training, with the same files

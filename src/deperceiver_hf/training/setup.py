@@ -32,9 +32,10 @@ from ..data.mixing import ImageMixing
 from ..data.sampling import make_loader, repeat_factors
 from ..data.transforms import UNBOUNDED
 from ..errors import UserError
-from ..machine import choose_precision, find_device, make_accelerator
+from ..machine import choose_precision, find_device, is_sharding_asked_for, make_accelerator
 from .arguments import TrainingOptions
 from .building import build_image_processor
+from .sharding import NAME
 from .splits import RunSplits
 
 logger = get_logger(__name__)
@@ -243,6 +244,8 @@ def create_accelerator(options: TrainingOptions) -> Accelerator:
     available = [str(tracker) for tracker in get_available_trackers()]
     if missing := sorted(set(trackers) - {"all", *available}):
         raise UserError(f"--report_to {' '.join(missing)}: not installed; try `pip install {' '.join(missing)}`.")
+    if options.optimizer == "muon" and is_sharding_asked_for():
+        raise UserError(f"--optimizer muon needs whole matrices, and {NAME} shards them; give --optimizer adamw.")
     precision = choose_precision(options.precision, find_device())
     accelerator = make_accelerator(
         mixed_precision=precision.name,
@@ -269,5 +272,6 @@ def make_fingerprint(options: TrainingOptions, data: TrainingData, accelerator: 
         content["scenes"] = options.data_name
     # Only what is unusual: earlier states, which know nothing of it, can be resumed if their images stay the same.
     content |= _unusual_preprocessing(options, data.image_processor)
-    run = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision}
+    sharding = NAME if is_sharding_asked_for() else None  # states from before it are of runs without it
+    run = {"processes": accelerator.num_processes, "precision": accelerator.mixed_precision, "sharding": sharding}
     return json.loads(json.dumps({**fixed, **run, **content}))

@@ -4,7 +4,7 @@
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..data.sampling import iterating
 from ..evaluation.coco_metric import areas_of_sizes
 from ..evaluation.evaluator import EvaluationResult, InterruptedEvaluationError, as_percent, evaluate_detector
+from ..machine import is_sharding_asked_for
 from ..output_files import require_writable_directory, write_json
 from .architectures.backbones import backbone_of
 from .arguments import TrainingOptions
@@ -38,6 +39,7 @@ from .reporting import TrainingLog, TrainingResult
 from .run_directory import RunDirectory
 from .schedule import RunSchedule
 from .setup import TrainingData, create_accelerator, make_fingerprint
+from .sharding import ModelShards, whole
 
 logger = get_logger(__name__)
 
@@ -104,6 +106,7 @@ class DetectionTrainer:
         self.threads = ThreadWatch(self.accelerator.device, self.computation.threads, most_threads)
         torch.set_num_threads(self.computation.threads)
         set_seed(options.seed, device_specific=True)  # different dropout on each
+        self.shards = ModelShards(model, self.accelerator) if is_sharding_asked_for() else None
         optimizer = create_optimizer(model, options)
         self.scheduler = create_scheduler(
             optimizer,
@@ -113,31 +116,46 @@ class DetectionTrainer:
             time_used=lambda: self.schedule.time_used,
             early_decay=lambda: self.schedule.early_decay,
         )
-        with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = model, optimizer
+        if self.shards is None:
+            self._prepare()
+        else:
+            self.shards.optimizer = optimizer
         # The schedule is not prepared: accelerate would step it once for each process.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.average = (
-            None
-            if options.ema_decay is None
-            else WeightAverage(self.accelerator.unwrap_model(self.model), options.ema_decay)
-        )
+        self.average = None if options.ema_decay is None else WeightAverage(self._whole_model, options.ema_decay)
         if options.cache_features:
-            FeatureCache(*(backbone_of(model) for model in self._models))
+            FeatureCache(*(backbone_of(model) for model in (*self._models, self._trained_model)))
+
+    def _prepare(self) -> None:
+        """Let accelerate put model and optimizer on the device, and wrap the model for several processes."""
+        with warnings.catch_warnings():  # newer versions of torch have another name for it, older ones this only
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+
+    @property
+    def _trained_model(self) -> PreTrainedModel:
+        """The model that is trained, without wrappers; it may be in shards."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _whole_model(self) -> PreTrainedModel:
+        """The model that is trained, or a copy of it that is in no shards and as new as they were last gathered."""
+        return self._trained_model if self.shards is None else self.shards.whole
 
     @property
     def _models(self) -> list[PreTrainedModel]:
-        """The average of the weights, if there is one, and the model that is trained, without wrappers: the first is
-        evaluated and saved."""
-        model = self.accelerator.unwrap_model(self.model)
-        return [model] if self.average is None else [self.average.model, model]
+        """The average of the weights, if there is one, and the model that is trained: the first is evaluated and
+        saved."""
+        return [self._whole_model] if self.average is None else [self.average.model, self._whole_model]
 
     def _begin_or_resume(self) -> None:
         """Restore the state that the run goes on from, if there is one, and make the output directory ready."""
         self.progress, resumed_from = TrainingProgress(), None
         if self.state is not None:
-            loaded = load_state(self.accelerator, self.state, self.scheduler, self._fingerprint, self.average)
+            loaded = load_state(
+                self.accelerator, self.state, self.scheduler, self._fingerprint, self.average, self.shards
+            )
             self.progress = resumed_from = loaded
             self.schedule.resume(loaded)
             self.data.dataset.leave_out(loaded.unreadable)
@@ -179,6 +197,7 @@ class DetectionTrainer:
         last = self.run_directory.last
         if not interrupted:
             self._require_finite()
+            self._gather()
             save_model(self.accelerator, last, self._save_model, self.progress.last_metrics)
         result = self._result(interrupted, None if interrupted else str(last))
         self.pictures.draw_curves()
@@ -275,20 +294,25 @@ class DetectionTrainer:
             self.guard.note_images(batch, batch.pop("mixed_with", {}))
             batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
             # Gradients are averaged over processes once, in the backward pass of the last batch.
-            with nullcontext() if index == count - 1 else self.accelerator.no_sync(self.model):
+            with nullcontext() if index == count - 1 else self._without_reduction():
                 loss, terms, problem = self._loss(batch)
                 stop |= self._agree_to_go_on(loss, terms, problem)
                 self.accelerator.backward(loss / count)
             self.log.add({"loss": loss, **terms}, images=len(batch["pixel_values"]))
         max_norm = self.options.clip_max_norm or float("inf")
-        norm = self.accelerator.clip_grad_norm_(self.parameters, max_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
         self.guard.note_gradient(norm)
         self.log.add({"grad_norm": norm})
         self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:
+            self._gather()
             self.average.update(self.progress.step + 1)
         return stop
+
+    def _without_reduction(self) -> AbstractContextManager:
+        """Within, gradients are added up on each process and not averaged over all."""
+        return self.accelerator.no_sync(self.model) if self.shards is None else self.shards.without_reduction()
 
     def _note_unreadable(self, images: dict[int, str]) -> None:
         """Say once of an image that it cannot be read, and leave it out from here on, in a resumed run too."""
@@ -299,10 +323,12 @@ class DetectionTrainer:
 
     def _loss(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], str]:
         """Loss, its terms, and what is wrong with the predictions, if they are too broken to have a loss."""
+        autocast = nullcontext() if self.shards is None else self.accelerator.autocast()  # prepared models have it
         try:
-            outputs = self.model(
-                pixel_values=batch["pixel_values"], pixel_mask=batch.get("pixel_mask"), labels=batch["labels"]
-            )
+            with autocast:
+                outputs = self.model(
+                    pixel_values=batch["pixel_values"], pixel_mask=batch.get("pixel_mask"), labels=batch["labels"]
+                )
         except FloatingPointError as error:
             return torch.full((), torch.nan, device=self.accelerator.device), {}, str(error)
         return outputs.loss, outputs.loss_dict, ""
@@ -331,6 +357,7 @@ class DetectionTrainer:
     def _evaluate(self) -> None:
         """Evaluate what would be saved, and keep it if it is among the best."""
         progress = self.progress
+        self._gather()
         for model in self._models:
             for buffer in model.buffers():  # batch norm statistics of the main process, whose model is saved
                 broadcast(buffer)
@@ -351,6 +378,11 @@ class DetectionTrainer:
         is_best = bool(progress.best) and progress.best[0].step == progress.step
         self.pictures.draw_predictions(result, progress.step, best=is_best)
         self.pictures.draw_curves()
+
+    def _gather(self) -> None:
+        """Bring what is evaluated and saved up to date, if it is a copy; every process must call this."""
+        if self.shards is not None:
+            self.shards.gather()
 
     def _note_patience(self, ap: float) -> None:
         """Let the schedule know, and say what comes of it."""
@@ -397,6 +429,7 @@ class DetectionTrainer:
             self._fingerprint,
             dataclasses.replace(self.computation, threads=self.threads.threads).to_dict(),
             self.average,
+            self.shards,
         )
 
     def _save_model(self, directory: Path) -> None:
