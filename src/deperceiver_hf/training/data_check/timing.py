@@ -59,7 +59,8 @@ class StepTime:
         """The time of a run, and on what it rests."""
         duration = minutes_in_words(self.minutes(options, num_images))
         return (
-            f"About {duration} on this machine, evaluations left out: an estimate from {self.steps} steps on {self.device} ({self.precision}), {self.step:.2f} s each and "
+            f"About {duration} on this machine, evaluations left out: an estimate from {self.steps} steps on "
+            f"{self.device} ({self.precision}), {self.step:.2f} s each and "
             f"{self.loading:.2f} s to load the {options.batch_size} images.{self.busy}"
         )
 
