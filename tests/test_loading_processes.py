@@ -104,11 +104,10 @@ def evaluation(data: Path, model: Path, output: Path, *options: object) -> list:
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.heavy)])
 def test_processes_may_be_started_in_any_way(data, cat_and_dog, tmp_path, method):
     log = tmp_path / "log"
-    code, said = end_of(
-        start(training(data, cat_and_dog, tmp_path / "run", "--max_steps", 2, "--epochs", 1), log, method),
-        log,
-        seconds=180,
-    )
+    # Of one process, which takes seconds to import what it needs, for the training and one for the evaluation.
+    options = ("--max_steps", 2, "--epochs", 1, "--num_workers", 1)
+    process = start(training(data, cat_and_dog, tmp_path / "run", *options), log, method)
+    code, said = end_of(process, log, seconds=180)
     assert code == 0, said
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
