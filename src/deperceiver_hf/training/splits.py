@@ -71,7 +71,8 @@ class RunSplits:
                     raise
                 raise UserError(
                     f"The run in {before.path} divided its images, by --val_fraction or lists, and split "
-                    f"{options.eval_split!r} is not there. Resume it with the options it had: --recipe {before.options}"
+                    f"{options.eval_split!r} is not there. Resume it with the options it had: "
+                    f"--recipe {before.options}"
                 ) from error
             evaluation = with_labels_of(train, evaluation)
         return cls(train, evaluation)
