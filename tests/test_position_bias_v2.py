@@ -12,6 +12,7 @@ from deperceiver_hf.models.layers_deperceiver_v2 import (
     LARGEST_OFFSET,
     MIN_SIGMA,
     DePerceiverV2CrossAttention,
+    DePerceiverV2EdgeVotes,
     DePerceiverV2KeyValues,
     DePerceiverV2PositionBias,
     PositionBias,
@@ -179,7 +180,7 @@ def test_position_bias_is_float32_under_autocast():
 @pytest.mark.parametrize("position_bias", [True, False])
 @pytest.mark.parametrize("padded", [None, (80, 112)])
 def test_cross_attention_is_attention_with_an_added_bias(padded, position_bias):
-    config = tiny_v2_config(position_bias=position_bias, read_offsets=False)
+    config = tiny_v2_config(position_bias=position_bias, read_offsets=False, edge_votes=False)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     attention, key_values = DePerceiverV2CrossAttention(config), DePerceiverV2KeyValues(config)
@@ -188,7 +189,7 @@ def test_cross_attention_is_attention_with_an_added_bias(padded, position_bias):
     latents, positions, boxes = torch.randn(1, 7, 24), torch.randn(1, 7, 24), torch.rand(1, 7, 4) * 0.5 + 0.2
     tokens, token_positions = torch.randn(1, num_tokens, 24), torch.randn(1, num_tokens, 24)
     with torch.no_grad():
-        key, value = key_values(tokens, token_positions, place_tokens(tokens, geometry, config))
+        key, value = key_values(tokens, token_positions, None, place_tokens(tokens, geometry, config))
         output, _ = attention(latents, positions, boxes, key, value, geometry)
 
         added = torch.zeros(1, 2, 7, num_tokens)
@@ -227,7 +228,9 @@ def test_offset_of_a_token_that_was_read_is_its_distance_from_the_box(strides, s
     if len(query) > 500:
         some = torch.randperm(len(query), generator=generator)[:500]
         query, token = query[some], token[some]
-    waves = wave_features(geometry, dtype)[0, token][None, :, None]  # what a head reads that reads this token alone
+    waves = wave_features(geometry.grid, dtype)[0, token][
+        None, :, None
+    ]  # what a head reads that reads this token alone
     assert waves.dtype == dtype
     found = read_offsets(waves, boxes[:, query], geometry)
     half_sides = (boxes[0, query, 2:] / 2 * geometry.grid_size).clamp(min=0.5)
@@ -235,7 +238,9 @@ def test_offset_of_a_token_that_was_read_is_its_distance_from_the_box(strides, s
     assert found.dtype == torch.float32
     # A sine falls short of its angle, in every precision by the same.
     assert ((found[0, :, 0] - expected).abs() <= error + 0.23 * expected.abs()).all()
-    exact = read_offsets(wave_features(geometry, torch.float32)[0, token][None, :, None], boxes[:, query], geometry)
+    exact = read_offsets(
+        wave_features(geometry.grid, torch.float32)[0, token][None, :, None], boxes[:, query], geometry
+    )
     assert ((found - exact).abs() <= error).all()
 
 
@@ -244,7 +249,7 @@ def test_offsets_are_bounded_and_do_not_depend_on_padding():
     real = padded.mask[0]
     boxes = torch.rand(1, 20, 4) * torch.tensor([1.0, 1.0, 0.05, 0.05])
     weights = torch.rand(1, 20, 2, int(real.sum())).softmax(-1)
-    waves, padded_waves = (wave_features(geometry, torch.float32) for geometry in (alone, padded))
+    waves, padded_waves = (wave_features(geometry.grid, torch.float32) for geometry in (alone, padded))
     offsets = read_offsets(weights @ waves[:, None], boxes, alone)
     torch.testing.assert_close(
         read_offsets(weights @ padded_waves[:, None, real], boxes, padded), offsets, rtol=0, atol=1e-4
@@ -253,17 +258,40 @@ def test_offsets_are_bounded_and_do_not_depend_on_padding():
     assert offsets.abs().max() <= LARGEST_OFFSET
 
 
-def test_every_latent_is_told_where_it_has_read():
-    config = tiny_v2_config()
+@pytest.mark.parametrize("edge_votes", [True, False])
+def test_every_latent_is_told_what_it_has_read(edge_votes):
+    config = tiny_v2_config(edge_votes=edge_votes)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     attention, key_values = DePerceiverV2CrossAttention(config), DePerceiverV2KeyValues(config)
     geometry = geometry_of((64, 96), [8, 16])
     tokens = torch.randn(1, geometry.centers.shape[1], 24)
+    places = DePerceiverV2EdgeVotes(config)(tokens, geometry) if edge_votes else geometry.grid
+    reports = wave_features(places, torch.float32)
     latents, boxes = torch.randn(1, 7, 24), torch.rand(1, 7, 4) * 0.5 + 0.2
     with torch.no_grad():
-        key, value = key_values(tokens, tokens, place_tokens(tokens, geometry, config))
+        key, value = key_values(tokens, tokens, reports, place_tokens(tokens, geometry, config))
         output, _ = attention(latents, latents, boxes, key, value, geometry)
         attention.offset_proj.weight.zero_()
         without, _ = attention(latents, latents, boxes, key, value, geometry)
     assert ((output - without).abs().amax(-1) > 1e-3).all()
+
+
+def test_votes_start_at_the_anchors_and_are_read_as_edges_of_the_box():
+    geometry = geometry_of((64, 96), [8, 16])
+    votes = DePerceiverV2EdgeVotes(tiny_v2_config())
+    votes.start()
+    tokens = torch.randn(1, geometry.centers.shape[1], 24)
+    edges = votes(tokens, geometry)  # in halves of a cell of 8 pixels, from the middle of the image
+    cells = torch.where(geometry.levels == 0, 2.0, 4.0)[..., None]
+    torch.testing.assert_close(edges[..., :2], geometry.grid - cells)
+    torch.testing.assert_close(edges[..., 2:], geometry.grid + cells)
+
+    # A head that reads one token alone tells a latent on its anchor that the edges are those of its box.
+    boxes = torch.cat((geometry.centers, 2 * geometry.cells), dim=-1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = votes(tokens, geometry)
+    assert rounded.dtype == torch.float32
+    told = read_offsets(wave_features(rounded, torch.float32)[:, :, None], boxes, geometry)
+    expected = torch.tensor([-1.0, -1.0, 1.0, 1.0]).expand_as(told)
+    torch.testing.assert_close(told, expected, rtol=0, atol=0.03)  # a sine falls short of its angle

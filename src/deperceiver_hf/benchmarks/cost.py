@@ -23,17 +23,19 @@ slope 2 C D + 4 D L + 4 M L. DETR's encoder has N^2 in every layer (4 N^2 D for 
 
 DePerceiver v2 by hand, with N = N_1 + N_2 + ... tokens made from C_1, C_2, ... channels of G feature maps, Q object
 latents, H heads with F position features of each key (6 + G in float32, and as many zeros as make D / H + F a multiple
-of 8) and E = 8 of each value (0 without `read_offsets`), K class logits, widening factor W:
+of 8, and no less than D / H + E) and E = 4 A of each value (A = 4 with `edge_votes`, else 2, or 0 without
+`read_offsets`), K class logits, widening factor W:
 
     1x1 convolutions to tokens     2 D (N_1 C_1 + N_2 C_2 + ...)
     selection                      2 N D^2 + 2 N D K (tokens) + 2 Q D^2 (content) + 4 Q D^2 + 8 Q D (boxes)
+    votes                          8 N D (with `edge_votes`)
     in every block:
       keys and values              4 N D^2 (once for all blocks if they share them)
       positions of the boxes       6 Q D^2
       self-attention               8 Q D^2 (four projections) + 4 Q^2 D (scores, sum)
       latents read the tokens      4 Q D^2 (queries, output) + 2 Q D H (4 + G) (where they look)
                                    + 2 Q N (D + H F) (scores) + 2 Q N (D + H E) (sum)
-                                   + 4 Q H D (where they have read, with `read_offsets`)
+                                   + 2 A Q H D (what the heads report)
       MLP                          4 W Q D^2
       heads                        4 Q D^2 + 8 Q D (boxes) + 2 Q D K (classes)
 

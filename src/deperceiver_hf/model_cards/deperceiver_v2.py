@@ -178,6 +178,7 @@ IDEAS = (
     ("queries picked from the image", "Zhu et al. 2021", "Deformable DETR, two-stage", "2010.04159"),
     ("boxes as positions of queries, refined per block", "Liu et al. 2022", "DAB-DETR", "2201.12329"),
     ("restoring noised objects in training", "Li et al. 2022", "DN-DETR", "2203.01305"),
+    ("cells that say where the edges of their object are", "Tian et al. 2019", "FCOS", "1904.01355"),
     ("contrastive noise; choice of the best cells", "Zhang et al. 2022", "DINO", "2203.03605"),
     ("each head looks at a Gaussian near the box", "Gao et al. 2021", "SMCA", "2101.07448"),
     ("maps of several strides fused from coarse to fine and back", "Liu et al. 2018", "PANet", "1803.01534"),
@@ -242,7 +243,8 @@ def _describe_architecture(config: DePerceiverV2Config) -> dict[str, str]:
     heads = plural(config.num_attention_heads, "head")
     origin = "picked from the tokens by a class head" if config.query_selection else "learned"
     around = ", each around a place of its own near the box" if config.position_bias else ""
-    told = "; the latent is told where they have read" if config.read_offsets else ""
+    reported = "for which edges the tokens that they have read vote" if config.edge_votes else "where they have read"
+    told = f"; the latent is told {reported}" if config.read_offsets else ""
     keys = "once for all blocks" if config.share_key_values else "by each block"
     noise = f"about {config.num_denoising_queries} queries, in training only"
     return {

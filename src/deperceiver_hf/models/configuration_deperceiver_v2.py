@@ -12,7 +12,12 @@ from transformers.utils import auto_docstring
 from .configuration_backbone_deperceiver import DePerceiverBackboneConfig
 from .detector_features_deperceiver_v2 import detector_family
 
-FIRST_EDITION = {"token_encoder": "none", "box_steps": "logit", "classification_loss": "mal"}
+FIRST_EDITION = {
+    "token_encoder": "none",
+    "edge_votes": False,
+    "box_steps": "logit",
+    "classification_loss": "mal",
+}
 """What a saved configuration means that does not say these fields: it is from before there was a choice."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -137,6 +142,9 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
         Let each head of an object latent look around a place of its own near the box.
     read_offsets (`bool`, *optional*, defaults to `True`):
         Tell each object latent where, relative to its box, each head has read.
+    edge_votes (`bool`, *optional*, defaults to `True`):
+        Let every token vote for where the edges of its object are, and tell each object latent the mean votes that
+        each head has read, instead of where; needs `read_offsets`.
     share_key_values (`bool`, *optional*, defaults to `False`):
         Compute keys and values of the tokens once for all blocks instead of once for each.
     box_steps (`str`, *optional*, defaults to `"relative"`):
@@ -218,6 +226,7 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
     query_selection: bool = True
     position_bias: bool = True
     read_offsets: bool = True
+    edge_votes: bool = True
     share_key_values: bool = False
     box_steps: Literal["relative", "logit"] = "relative"
     num_denoising_queries: int = 100
@@ -354,6 +363,8 @@ class DePerceiverV2Config(DePerceiverBackboneConfig):
             raise ValueError(f"`min_token_share` must be more than 0 and at most 1, not {self.min_token_share}.")
         if self.token_encoder == "fusion":
             self._check_width("fusion_dim")
+        if self.edge_votes and not self.read_offsets:
+            raise ValueError("`edge_votes=True` needs `read_offsets=True`: the votes are what the latents are told.")
         self.require_dropouts("dropout", "attention_dropout")
         self.require_matching_costs()
         for name in ("label_noise_ratio", "focal_alpha"):

@@ -24,7 +24,7 @@ from .attention_deperceiver import (
     eager_attention_forward,
 )
 from .configuration_deperceiver_v2 import DePerceiverV2Config
-from .tokens_deperceiver_v2 import TokenGeometry
+from .tokens_deperceiver_v2 import ANCHOR_SIDE, TokenGeometry
 
 # Attention: the positional bias in extra channels of queries and keys.
 HIDDEN_TOKEN = -1e4  # logit of a padding token; within the range of float16
@@ -183,34 +183,61 @@ class DePerceiverV2PositionBias(nn.Module):
             return PositionBias((center + offset * half_side) * size - origin, sigmas, levels)
 
 
-def wave_features(geometry: TokenGeometry, dtype: torch.dtype) -> torch.Tensor:
-    """Features `(B or 1, N, 8)` of the tokens: cosines and sines of their grid positions, for each wave x and y."""
-    waves = torch.tensor(WAVELENGTHS, device=geometry.grid.device)
-    phases = (geometry.grid[..., None, :] * (2 * math.pi / waves[:, None])).flatten(-2)  # (B, N, 4)
+class DePerceiverV2EdgeVotes(nn.Module):
+    """Each token votes for where the edges of its object are, as in a dense detector (Tian et al. 2019, "FCOS",
+    https://arxiv.org/abs/1904.01355). The votes are not boxes by themselves: a latent reads their mean.
+
+    At first a token votes for the edges of the anchor around it.
+    """
+
+    def __init__(self, config: DePerceiverV2Config):
+        super().__init__()
+        self.predictor = DePerceiverV2Float32Linear(config.d_model, 4)
+
+    def start(self) -> None:
+        """New votes are the anchors, whatever the token is."""
+        init.zeros_(self.predictor.weight)
+        half = ANCHOR_SIDE / 2
+        init.copy_(self.predictor.bias, torch.tensor([-half, -half, half, half]))
+
+    def forward(self, tokens: torch.Tensor, geometry: TokenGeometry) -> torch.Tensor:
+        """Left, upper, right and lower edge `(B, N, 4)` by tokens `(B, N, D)`, in units of their grid, float32."""
+        cells = geometry.cells * geometry.grid_size[:, None]  # (B, N, 2) in units of the grid
+        return geometry.grid.repeat(1, 1, 2) + self.predictor(tokens) * cells.repeat(1, 1, 2)
+
+
+def wave_features(places: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Features `(B or 1, N, 4 A)` of A numbers in units of the grid `(B or 1, N, A)`, x and y by turns: their cosines
+    for each wave, then their sines."""
+    waves = torch.tensor(WAVELENGTHS, device=places.device)
+    phases = (places[..., None, :] * (2 * math.pi / waves[:, None])).flatten(-2)  # (B, N, 2 A)
     return torch.cat((phases.cos(), phases.sin()), dim=-1).to(dtype)
 
 
 def read_offsets(waves: torch.Tensor, boxes: torch.Tensor, geometry: TokenGeometry) -> torch.Tensor:
-    """Where the heads have read, from the center of the box, in half sides.
+    """Where the heads have read, or for which edges they have read votes, from the center of the box, in half sides.
 
     The mean of a wave over what was read, turned back by its phase at the center of the box, is the sine of the
     distance from there, which grows up to a quarter of the wavelength. Unlike a mean of positions it survives the
     rounding of half precision wherever in the image the box is.
 
     Args:
-        waves (`torch.Tensor` of shape `(B, M, H, 8)`): Means of `wave_features`.
+        waves (`torch.Tensor` of shape `(B, M, H, 4 A)`): Means of `wave_features` of A numbers: 2 of a position, 4 of
+            edges.
         boxes (`torch.Tensor` of shape `(B, M, 4)`): In [0, 1] of the un-padded image.
         geometry (`TokenGeometry`): Of the tokens.
 
     Returns:
-        `torch.Tensor` of shape `(B, M, H, 2)`, float32: x and y, at most [`LARGEST_OFFSET`].
+        `torch.Tensor` of shape `(B, M, H, A)`, float32: x and y by turns, at most [`LARGEST_OFFSET`].
     """
     size, origin = geometry.grid_size[:, None, None], geometry.grid_origin[:, None, None]
-    center = boxes[:, :, None, None, :2] * size[..., None, :] - origin[..., None, :]  # (B, M, 1, 1, 2)
-    half_side = (boxes[:, :, None, 2:] / 2 * size).clamp(min=0.5)  # (B, M, 1, 2), at least half the unit
+    pairs = waves.shape[-1] // 8
+    center = boxes[:, :, None, None, :2] * size[..., None, :] - origin[..., None, :]
+    center = center.repeat(1, 1, 1, 1, pairs)  # (B, M, 1, 1, A)
+    half_side = (boxes[:, :, None, 2:] / 2 * size).clamp(min=0.5).repeat(1, 1, 1, pairs)  # at least half the unit
     frequency = 2 * math.pi / torch.tensor(WAVELENGTHS, device=boxes.device)[:, None]  # (2, 1)
-    phase = center * frequency  # (B, M, 1, 2, 2)
-    cosines, sines = waves.float().unflatten(-1, (2, 2, 2)).unbind(-3)  # (B, M, H, 2 waves, 2 axes)
+    phase = center * frequency  # (B, M, 1, 2, A)
+    cosines, sines = waves.float().unflatten(-1, (2, 2, 2 * pairs)).unbind(-3)  # (B, M, H, 2 waves, A)
     distance = (sines * phase.cos() - cosines * phase.sin()) / frequency
     fine, coarse = distance.unbind(-2)
     offset = torch.where(half_side <= LARGEST_FINE_BOX, fine, coarse) / half_side
@@ -221,8 +248,8 @@ class DePerceiverV2CrossAttention(nn.Module):
     """Latents read the tokens.
 
     The positional bias rides in extra channels of queries and keys, so that any plain attention kernel computes it,
-    and nothing of size M x N is stored beside what the kernel does. Extra channels of the values bring back where each
-    head has read, which the content of the values does not say.
+    and nothing of size M x N is stored beside what the kernel does. Extra channels of the values bring back what the
+    content of the values does not say: where each head has read, or for which edges the tokens vote that it has read.
     """
 
     def __init__(self, config: DePerceiverV2Config):
@@ -234,7 +261,8 @@ class DePerceiverV2CrossAttention(nn.Module):
         self.is_causal = False
         self.q_proj = nn.Linear(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
-        self.offset_proj = nn.Linear(2 * self.num_heads, dim, bias=False) if config.read_offsets else None
+        numbers = (4 if config.edge_votes else 2) * self.num_heads
+        self.offset_proj = nn.Linear(numbers, dim, bias=False) if config.read_offsets else None
         self.position_bias = DePerceiverV2PositionBias(config) if config.position_bias else None
 
     def forward(
@@ -252,7 +280,7 @@ class DePerceiverV2CrossAttention(nn.Module):
             latents (`torch.Tensor` of shape `(B, M, D)`): What reads.
             positions (`torch.Tensor` of shape `(B, M, D)`): Added to them.
             boxes (`torch.Tensor` of shape `(B, M, 4)`): Those of the latents.
-            key, value (`torch.Tensor` of shapes `(B, H, N, D / H + F)` and `(B, H, N, D / H (+ 8))`): Of the tokens,
+            key, value (`torch.Tensor` of shapes `(B, H, N, D / H + F)` and `(B, H, N, D / H + E)`): Of the tokens,
                 from [`DePerceiverV2KeyValues`].
             geometry (`TokenGeometry`): Of the tokens.
 
@@ -292,30 +320,27 @@ class DePerceiverV2CrossAttention(nn.Module):
 
 
 class TokenPlaces(NamedTuple):
-    """Where the tokens are, in numbers and as extra channels of keys and values, which are the same for all heads and
-    blocks. Nothing of it carries a gradient.
+    """Where the tokens are, in numbers and as extra channels of the keys, which are the same for all heads and blocks.
+    Nothing of it carries a gradient.
 
     Attributes:
         geometry (`TokenGeometry`): In numbers.
         for_keys (`torch.Tensor` of shape `(B or 1, N, F)`): Channels of the keys, for the positional bias.
-        for_values (`torch.Tensor` of shape `(B or 1, N, 8)`, *optional*): Channels of the values, to tell where a head
-            has read.
     """
 
     geometry: TokenGeometry
     for_keys: torch.Tensor
-    for_values: torch.Tensor | None
+
+
+def attention_dtype(tokens: torch.Tensor) -> torch.dtype:
+    """The data type in which attention on `tokens` is computed here."""
+    device = tokens.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
 
 
 def place_tokens(tokens: torch.Tensor, geometry: TokenGeometry, config: DePerceiverV2Config) -> TokenPlaces:
-    """Places of the tokens, with channels in the data type in which attention on `tokens` is computed here."""
-    device = tokens.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
-    return TokenPlaces(
-        geometry,
-        for_keys=key_features(geometry, config.num_feature_levels, dtype),
-        for_values=wave_features(geometry, dtype) if config.read_offsets else None,
-    )
+    """Places of the tokens."""
+    return TokenPlaces(geometry, key_features(geometry, config.num_feature_levels, attention_dtype(tokens)))
 
 
 class DePerceiverV2KeyValues(nn.Module):
@@ -328,16 +353,20 @@ class DePerceiverV2KeyValues(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.d_model)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, places: TokenPlaces
+        self, tokens: torch.Tensor, positions: torch.Tensor, reports: torch.Tensor | None, places: TokenPlaces
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys `(B, H, N, D / H + F)` and values `(B, H, N, D / H (+ 8))` of tokens `(B, N, D)`."""
+        """Keys `(B, H, N, D / H + F)` and values `(B, H, N, D / H + E)` of tokens `(B, N, D)`, from the E channels
+        `(B or 1, N, E)` in which a head brings back what it reports."""
         key, value = (
             rearrange(states, "b n (h d) -> b h n d", h=self.num_heads)
             for states in (self.k_proj(tokens + positions), self.v_proj(tokens))
         )
         key = append_features(key, places.for_keys)
-        key = nn.functional.pad(key, (0, -key.shape[-1] % CHANNEL_MULTIPLE))
-        return key, value if places.for_values is None else append_features(value, places.for_values)
+        if reports is not None:
+            value = append_features(value, reports)
+        width = max(key.shape[-1], value.shape[-1])  # a fused kernel fills the values up to the keys
+        width += -width % CHANNEL_MULTIPLE
+        return nn.functional.pad(key, (0, width - key.shape[-1])), value
 
 
 def append_features(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -374,6 +403,7 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         boxes: torch.Tensor,
         tokens: torch.Tensor,
         token_positions: torch.Tensor,
+        reports: torch.Tensor | None,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
         *,
@@ -390,6 +420,7 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
             positions (`torch.Tensor` of shape `(B, M, D)`): Added to queries and keys.
             boxes (`torch.Tensor` of shape `(B, M, 4)`): Those of the latents.
             tokens, token_positions (`torch.Tensor` of shape `(B, N, D)`): What is read.
+            reports (`torch.Tensor` of shape `(B or 1, N, E)`, *optional*): Channels behind its values.
             key, value: Those of the tokens, if all blocks share them.
             places (`TokenPlaces`): Where the tokens are.
             self_attention_mask (`torch.Tensor` of shape `(B or 1, 1, 1 or M, M)`, *optional*): `True` = attend.
@@ -403,7 +434,7 @@ class DePerceiverV2Block(GradientCheckpointingLayer):
         )
         latents = latents + self.dropout(attended)
         if self.key_values is not None:
-            key, value = self.key_values(tokens, token_positions, places)
+            key, value = self.key_values(tokens, token_positions, reports, places)
         read, _ = self.cross_attention(
             self.cross_attention_norm(latents), positions, boxes, key, value, places.geometry, **kwargs
         )

@@ -35,8 +35,11 @@ from .layers_deperceiver_v2 import (
     DePerceiverV2Block,
     DePerceiverV2BoxPosition,
     DePerceiverV2CrossAttention,
+    DePerceiverV2EdgeVotes,
     DePerceiverV2KeyValues,
+    attention_dtype,
     place_tokens,
+    wave_features,
 )
 from .loss_deperceiver_v2 import Predictions, detection_loss, prepare_targets
 from .token_encoder_deperceiver_v2 import DePerceiverV2Fusion
@@ -46,6 +49,7 @@ from .tokens_deperceiver_v2 import (
     DePerceiverV2InputAdapter,
     DePerceiverV2LearnedQueries,
     DePerceiverV2TokenSelector,
+    TokenGeometry,
     locate_tokens,
     pool_tokens,
 )
@@ -227,6 +231,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         self.denoising_classes: Any = None
         if config.num_denoising_queries:
             self.denoising_classes = nn.Embedding(config.num_labels, config.d_model)
+        self.edge_votes = DePerceiverV2EdgeVotes(config) if config.edge_votes else None
         self.key_values = DePerceiverV2KeyValues(config) if config.share_key_values else None
         self.box_position = DePerceiverV2BoxPosition(config)
         self.layers = nn.ModuleList(
@@ -244,6 +249,14 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         """The blocks of a new model leave all boxes where they are."""
         for predictor in self.bbox_predictors:
             predictor.start_at_zero()
+
+    def _reports_of(self, tokens: torch.Tensor, geometry: TokenGeometry) -> torch.Tensor | None:
+        """What tokens `(B, N, D)` tell through the heads that read them, `(B or 1, N, 8 or 16)`: for which edges they
+        vote, or where they are, or nothing."""
+        if not self.config.read_offsets:
+            return None
+        places = geometry.grid if self.edge_votes is None else self.edge_votes(tokens, geometry)
+        return wave_features(places, attention_dtype(tokens))
 
     @capture_outputs(tie_last_hidden_states=False)
     @auto_docstring
@@ -291,7 +304,10 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
         places = place_tokens(tokens, geometry, self.config)
         denoised = None if denoising is None else self.denoising_classes(denoising.class_labels)
         array = LatentArray.join(selected, denoising, denoised)
-        key, value = (None, None) if self.key_values is None else self.key_values(tokens, token_positions, places)
+        reports = self._reports_of(tokens, geometry)
+        key = value = None
+        if self.key_values is not None:
+            key, value = self.key_values(tokens, token_positions, reports, places)
 
         latents, boxes, self_attention_mask = array.content, array.boxes, array.self_attention_mask()
         hidden_states, pred_boxes = [], []
@@ -302,6 +318,7 @@ class DePerceiverV2Model(DePerceiverV2PreTrainedModel):
                 boxes,
                 tokens,
                 token_positions,
+                reports,
                 key,
                 value,
                 places=places,
