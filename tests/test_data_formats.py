@@ -210,6 +210,14 @@ def test_spellings_of_data_yaml(tmp_path, settings):
     assert boxes_of(root / "data.yaml", strict=True) == [(0, 24, 12, 16, 24)]
 
 
+def test_data_yaml_without_names_is_followed_and_says_so(tmp_path):
+    root = yolo_set(tmp_path, "train: images/train\nnc: 2\n", "1 0.5 0.5 0.25 0.5\n")
+    yolo_set(root / "images" / "more", None)  # in no split
+    data = load_detection_data(root, "train")
+    assert (len(data.dataset), data.label_names) == (1, ["class_0", "class_1"])
+    assert "data.yaml, 1 text files, no names of classes" in data.report.recognised
+
+
 def test_lists_keep_their_order_and_find_images_of_another_machine(copies, tmp_path):
     shutil.copytree(copies["yolo"], tmp_path / "data")
     names = [name for name, *_ in SCENES["train"]][::-1]
@@ -286,10 +294,12 @@ REFUSED = {
     "rotated corners": (SETTINGS["path"], ROTATED, r"rotated boxes, by their four corners \(2 rows, e.g. .*line 1"),
     "an angle": (SETTINGS["path"], "0 0.5 0.5 0.2 0.2 1.57", "the last is the angle.*Boxes of four"),
     "pixels": (SETTINGS["path"], "0 32 24 16 12\n" * 5, "--box_format cxcywh"),
+    "corners": (SETTINGS["path"], "0 0.7 -0.000001 0.9 0.9\n" * 5, "look like xyxy_relative"),
     "nc": ("train: images/train\nnc: 3\nnames: [cat, dog]", "", "nc says 3 classes, names has 2"),
     "a name twice": ("train: images/train\nnames: [cat, cat]", "", "names the class 'cat' 2 times"),
     "gaps in names": ("train: images/train\nnames: {0: cat, 2: dog}", "", "must have the numbers 0 to 1"),
     "names of another kind": ("train: images/train\nnames: cat", "", "names must be a list"),
+    "tabs in YAML": ("train:\timages/train\n", "", "data.yaml is not YAML"),
     "broken YAML": ("train: images/train\nnames: [cat", "", "data.yaml is not YAML"),
     "no folder": ("train: pictures\nnames: [cat]", "", "there is no 'pictures'"),
     "no such split": ("val: images/train\nnames: [cat]", "", "no split 'train'; there are val"),
@@ -471,6 +481,14 @@ def test_coco_exports_of_cvat_and_label_studio(tmp_path):
     text(tmp_path / "studio" / "result.json", json.dumps(content))
     for name in ("cvat", "studio"):
         assert records(load_detection_data(tmp_path / name, "train")) == SCENES["train"]
+
+
+def test_notes_of_label_studio_are_no_annotations(copies, tmp_path):
+    shutil.copytree(copies["yolo"] / "train", tmp_path / "studio")
+    text(tmp_path / "studio" / "classes.txt", "\n".join(NAMES))
+    notes = {"categories": [{"id": label, "name": name} for label, name in enumerate(NAMES)], "info": {"year": 2026}}
+    text(tmp_path / "studio" / "notes.json", json.dumps(notes, indent=2))
+    assert records(load_detection_data(tmp_path / "studio", "train")) == SCENES["train"]
 
 
 def test_one_split_of_roboflow_by_itself_is_for_training(copies):

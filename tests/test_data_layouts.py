@@ -95,6 +95,11 @@ def labelme(root):
     text(root / "a.json", '{"version": "5.0", "shapes": []}')
 
 
+def create_ml(root):
+    image(root / "train" / "a.jpg")
+    text(root / "train" / "_annotations.createml.json", '[{"image": "a.jpg", "annotations": []}]')
+
+
 def model(root):
     text(root / "config.json", '{"model_type": "detr"}')
     text(root / "model.safetensors")
@@ -102,6 +107,7 @@ def model(root):
 
 FOREIGN = {
     "LabelMe": (labelme, "LabelMe"),
+    "CreateML": (create_ml, "has annotations of CreateML"),
     "images alone": (lambda root: image(root / "train" / "a.jpg"), "holds images alone"),
     "a saved model": (model, "saved model"),
     "nothing": (lambda root: None, "is empty"),

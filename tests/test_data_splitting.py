@@ -146,6 +146,8 @@ def test_a_run_divides_its_split_writes_it_down_and_is_resumed_with_it(pile, tmp
     ):
         with pytest.raises(ValueError, match=message):
             DetectionTrainer(tiny_options(tmp_path / "stopped", **given | change, resume="auto", epochs=3))
+    with pytest.raises(UserError, match=r"divided its images.*--recipe .*options\.yaml"):
+        DetectionTrainer(tiny_options(tmp_path / "stopped", **given | {"val_fraction": None}, resume="auto"))
 
 
 def test_runs_by_lists_and_evaluation_by_a_list(pile, tmp_path, caplog, capsys):

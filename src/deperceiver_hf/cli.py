@@ -65,7 +65,9 @@ COMMANDS = {
     "data split": Command("data.writing.split", "divide a data set into training and validation images"),
     "demo": Command("demo", "train, evaluate and draw on synthetic scenes in a few minutes"),
 }
-GROUPS = {"data": "Look over data sets and change their files."}  # what commands of two words begin with
+GROUPS = {
+    "data": "Look data sets over, and write them in another format or with other splits."
+}  # what commands of two words begin with
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

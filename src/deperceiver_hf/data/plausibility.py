@@ -197,7 +197,9 @@ def _another_format(boxes: np.ndarray, named: np.ndarray, sizes: np.ndarray, for
     share, count = misfit.mean(), int(misfit.sum())
     if share < SOME:
         return None
-    formats = _fitting(boxes, named, sizes, ("pixels",)) or _fitting(boxes, named, sizes, tuple(UNITS)[1:])
+    within = ((boxes >= -ROUNDING) & (boxes <= 1 + ROUNDING)).all(axis=1)  # fit as pixels in any way, and mean none
+    units = (("relative",),) if within.mean() >= NEARLY_ALL else (("pixels",), tuple(UNITS)[1:])
+    formats = next(filter(None, (_fitting(boxes, named, sizes, kinds) for kinds in units)), [])
     formats = [other for other in formats if other != form]
     what = f"{count} of {len(boxes)} boxes have no extent or leave their image when they are read as {form}"
     if formats:

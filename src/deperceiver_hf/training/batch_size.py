@@ -76,8 +76,8 @@ def fitting_batch_size(options: TrainingOptions, accelerator: Accelerator, data:
     if batch_size == 0:
         raise UserError(f"not even a batch of one image fits into memory: {why}. {_LESS}")
     logger.info(
-        f"Batch size {batch_size}, of 1 to {sizes[-1]}: {why}. {images // batch_size} of them make a step of {images} "
-        "images of a process."
+        f"Batch size {batch_size}, of 1 to {sizes[-1]}: {why}. A step takes {images} images of each "
+        f"process (--gradient_accumulation_steps {images // batch_size})."
     )
     return _with(options, batch_size, images // batch_size)
 

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ class TrainingData:
         for finding in findings:
             logger.log(logging.INFO if finding.severity == "note" else logging.WARNING, finding.sentence())
         if any(finding.severity != "note" for finding in findings):
-            given = "--annotations ..." if options.annotations is not None else options.dataset
+            given = "--annotations ..." if options.annotations is not None else shlex.quote(str(options.dataset))
             logger.warning(f"`deperceiver data check {given} --report DIR` shows more, with pictures.")
 
     def require_evaluation(self) -> DetectionData:

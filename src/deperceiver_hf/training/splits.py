@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from ..data import DetectionData, load_detection_data
 from ..data.classes import with_labels_of
 from ..data.formats.annotated_images import INSTEAD_OF_A_SPLIT
+from ..data.records import MissingSplitError
 from ..data.splitting import draw_parts, image_names, listed_parts, part_of, write_list
 from ..errors import UserError
 from .arguments import TrainingOptions
@@ -62,7 +63,17 @@ class RunSplits:
                     f"--annotations {options.annotations} is what is trained on. Give --val_annotations FILE (and "
                     f"--val_images DIR) to evaluate on, or none of it by --eval_every 0. {INSTEAD_OF_A_SPLIT}"
                 )
-            evaluation = _load(options, accelerator, options.eval_split, options.max_eval_samples)
+            try:
+                evaluation = _load(options, accelerator, options.eval_split, options.max_eval_samples)
+            except MissingSplitError as error:
+                before = None if state is None else RunDirectory(state.parent)
+                if before is None or not before.val_list.is_file():
+                    raise
+                raise UserError(
+                    f"The run in {before.path} divided its images, by --val_fraction or lists, and split "
+                    f"{options.eval_split!r} is not there. Resume it with the options it had: "
+                    f"--recipe {before.options}"
+                ) from error
             evaluation = with_labels_of(train, evaluation)
         return cls(train, evaluation)
 

@@ -111,7 +111,7 @@ class DataReport:
             "sides_when_trained": _quantiles(sides, QUANTILES),
             "smaller_than_a_cell": None
             if stride is None or not len(sides)
-            else round(float((sides < stride).mean()), 4),
+            else round(float((sides < stride).mean()), 6),
         }
 
     def to_dict(self) -> dict[str, Any]:

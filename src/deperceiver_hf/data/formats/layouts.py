@@ -20,6 +20,7 @@ EXPECTED = (
     "boxes, or one that `datasets` loads."
 )
 ROBOFLOW_FILE = "_annotations.coco.json"
+_NOTES = "notes.json"  # of Label Studio beside text files of YOLO: the classes, as COCO lists them, and no images
 ANNOTATION_DIRECTORIES = ("annotations", "annotation", "labels", "ann", "anno")
 PICTURE_SUFFIXES = IMAGE_SUFFIXES | HEIF_SUFFIXES
 TABLE_SUFFIXES = (".parquet", ".arrow", ".jsonl", ".csv", ".tsv")
@@ -54,7 +55,7 @@ def annotation_files(root: Path) -> list[Path]:
         path
         for folder in folders
         for path in itertools.islice(sorted(filter(is_json_file, entries_of(folder))), MOST_LOOKED_AT)
-        if path.is_file() and holds_coco_json(path)
+        if path.name != _NOTES and path.is_file() and holds_coco_json(path)
     ]
 
 
@@ -126,6 +127,8 @@ def _of_another_tool(root: Path) -> str | None:
     of_images = {path.stem for path in files if path.suffix.lower() in PICTURE_SUFFIXES}
     if ".tfrecord" in kinds:
         return "records of TensorFlow"
+    if any(path.name.endswith(".createml.json") for path in files):
+        return "annotations of CreateML"
     if ".json" in kinds and any(path.suffix == ".json" and path.stem in of_images for path in files):
         return "a JSON file for each image (as of LabelMe)"
     return None

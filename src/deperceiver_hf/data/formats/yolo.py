@@ -33,6 +33,7 @@ HOW_SPLITS_ARE_TOLD = (
     "data.yaml names its images, or a folder is called after it (images/train and labels/train, or train/images and "
     "train/labels)."
 )
+_USUAL_STEMS = ("data", "dataset")  # of the file that names classes and images
 _PARALLEL = 0.002  # of the image: corners of a rotated box miss those of a parallelogram by no more, polygons do
 
 
@@ -205,8 +206,10 @@ def _with_known_labels(annotations: AnnotationList, num_classes: int, report: Lo
 
 
 def _is_settings(file: Path) -> bool:
-    lines = head_of(file).splitlines()
-    return any(line.startswith(("names:", "names :", '"names":')) for line in lines)
+    """Whether a YAML file names classes or, under the usual name, images: one that lacks names is no other file."""
+    keys = ("names", *(("train", "val", "nc") if file.stem in _USUAL_STEMS else ()))
+    starts = tuple(f"{quote}{key}{quote}{space}:" for key in keys for quote in ("", '"') for space in ("", " "))
+    return any(line.startswith(starts) for line in head_of(file).splitlines())
 
 
 def _settings_files(root: Path) -> list[Path]:
@@ -228,7 +231,7 @@ def _label_files(root: Path) -> Iterator[Path]:
 def _read_settings(path: Path) -> Settings:
     root = path if path.is_dir() else path.parent
     files = [path] if path.is_file() else _settings_files(root)
-    named = [file for file in files if file.stem in ("data", "dataset")]
+    named = [file for file in files if file.stem in _USUAL_STEMS]
     if len(files) > 1 and len(named) != 1:
         raise UserError(
             f"{root} has several files that name classes: {', '.join(file.name for file in files)}. Give the right "
@@ -263,8 +266,10 @@ def _read_settings(path: Path) -> Settings:
     return Settings(file, _names_in_settings(content, file), entries, base, keypoints, oriented)
 
 
-def _names_in_settings(content: dict, file: Path) -> list[str]:
+def _names_in_settings(content: dict, file: Path) -> list[str] | None:
     names, count = content.get("names"), as_integer(content.get("nc"))
+    if names is None:
+        return None
     if isinstance(names, dict):
         numbers = {as_integer(number): name for number, name in names.items()}
         if set(numbers) != set(range(len(names))):
