@@ -123,7 +123,7 @@ COPIES = {"coco": coco, "roboflow": roboflow, "yolo": yolo, "voc": voc, "csv": c
 
 def records(data) -> list[tuple]:
     """What a data set says of its images: name, size, boxes and classes."""
-    names = [Path(image["path"]).name for image in _stored(data)["image"]]
+    names = [Path(image["path"]).name for image in data.stored_images["image"]]
     rows = data.dataset.with_format(None).remove_columns("image")
     return [
         (
@@ -134,9 +134,3 @@ def records(data) -> list[tuple]:
         )
         for name, row in zip(names, rows, strict=True)
     ]
-
-
-def _stored(data):
-    from datasets import Image
-
-    return data.dataset.select_columns("image").cast_column("image", Image(decode=False))

@@ -79,7 +79,7 @@ def command(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
 def test_overview_names_the_commands_and_imports_none_of_them():
     code = "import sys; from deperceiver_hf.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
     shown = command("-c", code)
-    assert shown.returncode == 0, shown.stderr
+    assert (shown.returncode, shown.stderr) == (0, "")
     overview, modules = shown.stdout.strip().rsplit("\n", 1)
     for name, entry in COMMANDS.items():
         assert f" {name} " in overview.replace("\n", " ")
@@ -247,11 +247,14 @@ def test_scripts_are_the_commands(name, monkeypatch):
     assert {file.name for file in SCRIPTS.glob("*.py")} == scripts
 
 
-def test_module_is_the_command():
-    shown = command("-m", "deperceiver_hf", "convert", *MISTAKES["convert"])
-    assert shown.returncode == 2
-    assert shown.stderr.startswith("deperceiver convert: error: there is no checkpoint file /no/such/checkpoint")
-    assert len(shown.stderr.splitlines()) == 1
+def test_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deperceiver_hf", "convert", *MISTAKES["convert"]])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("deperceiver_hf", run_name="__main__")
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("deperceiver convert: error: there is no checkpoint file /no/such/checkpoint")
+    assert len(printed.splitlines()) == 1
 
 
 def test_processes_that_a_script_spawns_find_the_library_evaluate(tmp_path):

@@ -3,12 +3,14 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageFilter
 import pytest
+from datasets import concatenate_datasets
 from transformers.image_utils import SizeDict
 
 from deperceiver_hf.data.doctor.findings import KINDS, LOADING_KINDS, SEVERITIES, Finding
@@ -360,18 +362,14 @@ def test_what_is_no_data_set_is_an_error_and_no_finding(tmp_path, monkeypatch, p
 
 
 def test_the_quick_part_takes_a_second_of_ten_thousand_images(clean):
-    """It may take no more than that; here it is given room for a slow machine."""
-    import time
-
-    from datasets import concatenate_datasets
-
+    """It may take no more than that; here it is given room for a slow machine, and what others take does not count."""
     data = load_splits(str(clean), "train", "val").tables["train"].data
     many = concatenate_datasets([data.dataset] * 420)
     assert len(many) > 10_000
-    begin = time.perf_counter()
+    begin = time.process_time()
     table = ObjectTable.of(type(data)(many, data.label_names, data.category_ids, "many", data.report), "train")
     findings = quick_check({"train": table}, "train", "val", TRAINED)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     assert [finding.name for finding in findings] == ["repeated_file"]
 
 

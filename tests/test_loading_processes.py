@@ -18,6 +18,7 @@ from deperceiver_hf.data.sampling import _Worker, iterating, make_loader
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 
+HANGS = 600  # seconds after which a process is taken to hang, also on busy cores
 START = """import multiprocessing
 if __name__ == "__main__":
     multiprocessing.set_start_method({method!r})
@@ -65,7 +66,7 @@ def start(arguments: list, log: Path, method: str | None = None, **environment: 
         )
 
 
-def end_of(process: subprocess.Popen, log: Path, seconds: float = 90) -> tuple[int, str]:
+def end_of(process: subprocess.Popen, log: Path, seconds: float = HANGS) -> tuple[int, str]:
     """Exit code and output; whatever is left of the group is ended."""
     try:
         code = process.wait(timeout=seconds)
@@ -77,7 +78,7 @@ def end_of(process: subprocess.Popen, log: Path, seconds: float = 90) -> tuple[i
     return code, log.read_text(encoding="utf-8")
 
 
-def wait_for(log: Path, text: str, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(log: Path, text: str, process: subprocess.Popen, seconds: float = HANGS) -> None:
     deadline = time.monotonic() + seconds
     while text not in log.read_text(encoding="utf-8"):
         assert process.poll() is None, log.read_text(encoding="utf-8")[-2000:]
@@ -104,11 +105,10 @@ def evaluation(data: Path, model: Path, output: Path, *options: object) -> list:
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.heavy)])
 def test_processes_may_be_started_in_any_way(data, cat_and_dog, tmp_path, method):
     log = tmp_path / "log"
-    code, said = end_of(
-        start(training(data, cat_and_dog, tmp_path / "run", "--max_steps", 2, "--epochs", 1), log, method),
-        log,
-        seconds=180,
-    )
+    # Of one process, which takes seconds to import what it needs, for the training and one for the evaluation.
+    options = ("--max_steps", 2, "--epochs", 1, "--num_workers", 1)
+    process = start(training(data, cat_and_dog, tmp_path / "run", *options), log, method)
+    code, said = end_of(process, log)
     assert code == 0, said
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
@@ -208,7 +208,7 @@ def test_processes_that_load_end_with_a_killed_command(data, cat_and_dog, tmp_pa
     wait_for(log, "loss=", process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30  # torch looks for its parent every 5 seconds
+    deadline = time.monotonic() + HANGS  # torch looks for its parent every 5 seconds
     while members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert members(process.pid) == []

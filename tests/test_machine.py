@@ -85,7 +85,7 @@ def test_impossible_precisions_are_refused(name, message):
         choose_precision(name, CPU)
 
 
-@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", pytest.param("DNNL_MAX_CPU_ISA", marks=pytest.mark.heavy)])
 def test_instructions_that_are_switched_off_do_not_count(variable):
     """As on a processor that has none."""
     command = "import torch, deperceiver_hf.machine as m; print(m.choose_precision('auto', torch.device('cpu')).name)"

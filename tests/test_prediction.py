@@ -19,6 +19,7 @@ from transformers import pipeline
 
 from conftest import tiny_config
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor
+from deperceiver_hf.cli import main
 from deperceiver_hf.data import load_detection_data
 from deperceiver_hf.drawing import Boxes, contact_sheet_rows, draw_boxes, draw_contact_sheet
 from deperceiver_hf.errors import explain
@@ -345,20 +346,17 @@ def test_damaged_files_of_a_model_are_named(model_directory, tmp_path, name, con
         load_detector(str(directory))
 
 
-def test_command_exit_codes(model_directory, pictures, tmp_path):
-    def command(*inputs):
-        arguments = ["--model", model_directory, "--output_dir", tmp_path / "out", "--device", "cpu", "--no_draw"]
-        return subprocess.run(
-            [sys.executable, SCRIPT, *arguments, *inputs], capture_output=True, text=True, check=False
-        )
+def test_command_exit_codes(model_directory, pictures, tmp_path, capsys):
+    def command(place: Path) -> int:
+        options = {"model": model_directory, "output_dir": tmp_path / "out", "device": "cpu"}
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        return main(["predict", *arguments, "--no_draw", str(place)])
 
-    failed = command(pictures / "a")
-    assert failed.returncode == 1, failed.stderr
-    assert "broken.jpg" in failed.stdout
+    assert command(pictures / "a") == 1
+    assert "broken.jpg" in capsys.readouterr().out
     assert len(read(tmp_path / "out")["images"]) == 7
-    nothing = command(pictures / "none.jpg")
-    assert nothing.returncode == 2
-    assert len(nothing.stderr.strip().splitlines()) == 1
+    assert command(pictures / "none.jpg") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 # --- what inputs, places and models can be wrong with ------------------------------------------------------------

@@ -46,7 +46,8 @@ def written(path: Path, text: str) -> str:
 def test_recipes_are_those_promised():
     assert set(recipe_names()) == {
         *("coco-v2-base", "coco-v2-large", "coco-deperceiver"),
-        *("own-data-gpu", "own-data-cpu", "own-data-from-coco", "blood-cells", "demo"),
+        *("own-data-gpu", "own-data-cpu", "own-data-cpu-imagenet", "own-data-from-coco"),
+        *("blood-cells", "blood-cells-nano", "demo"),
     }
 
 
@@ -98,9 +99,9 @@ def test_what_stands_beside_a_recipe_wins_in_any_order():
         ("--recipe coco-deperceiver --dec_layers 2", {"dec_layers": 2, "no_aux_loss": False}),
         ("--recipe coco-deperceiver --architecture detr", {"num_latents": None, "downsample_factor": 16}),
         ("--recipe coco-deperceiver --architecture rt_detr_v2 --amp false", {"no_aux_loss": False, "amp": False}),
-        ("--recipe blood-cells --pretrained_backbone FILE", {"no_pretrained_backbone": False, "preset": "nano"}),
-        ("--recipe blood-cells --eval_steps 7", {"eval_steps": 7, "eval_every": 1}),
-        ("--recipe blood-cells --model DIR --lr 1e-3", {"preset": None, "lr": 1e-3, "max_minutes": 20}),
+        ("--recipe blood-cells-nano --pretrained_backbone FILE", {"no_pretrained_backbone": False, "preset": "nano"}),
+        ("--recipe blood-cells-nano --eval_steps 7", {"eval_steps": 7, "eval_every": 1}),
+        ("--recipe blood-cells-nano --model DIR --lr 1e-3", {"preset": None, "lr": 1e-3, "max_minutes": 20}),
     ],
 )
 def test_what_stands_beside_a_recipe_wins_over_what_would_contradict_it(line, expected):

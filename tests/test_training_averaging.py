@@ -106,7 +106,13 @@ def test_weights_are_evaluated_with_and_without_their_average(tmp_path):
     assert averaged.keys() == plain.keys()
 
 
-@pytest.mark.parametrize("architecture", ["deperceiver_v2", "rt_detr_v2", "detr", "deimv2", "lw_detr", "rf_detr"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *("deperceiver_v2", "detr", "lw_detr"),
+        *(pytest.param(name, marks=pytest.mark.heavy) for name in ("rt_detr_v2", "deimv2", "rf_detr")),
+    ],
+)
 def test_kept_features_are_those_of_the_backbone(tmp_path, architecture):
     """Up to the order of sums, which training makes larger: images go through the backbone one by one."""
     options = {**FIXED, "lr_backbone": 0.0, "epochs": 2, "eval_every": 2}

@@ -4,6 +4,7 @@
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,8 +17,18 @@ from training_runs import assert_equal_weights, tiny_options, train_until_killed
 MEGABYTE = 2**20
 
 
+class WatchedProcess(psutil.Process):
+    """Counts how often its memory is looked at."""
+
+    looks = 0
+
+    def memory_info(self):
+        WatchedProcess.looks += 1
+        return super().memory_info()
+
+
 class FakeTrial:
-    """Its steps take 40 MB, and 20 MB for each image."""
+    """Its steps take 40 MB, and 20 MB for each image, until somebody has looked."""
 
     shapes = ((10, 10),)
 
@@ -29,7 +40,9 @@ class FakeTrial:
 
     def step(self, model, optimizer, batch_size):
         taken = np.ones((40 + 20 * batch_size) * MEGABYTE, dtype=np.uint8)
-        time.sleep(0.05)
+        looks, deadline = WatchedProcess.looks, time.monotonic() + 60
+        while WatchedProcess.looks < looks + 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
         del taken
 
 
@@ -37,6 +50,7 @@ class FakeTrial:
 def test_on_a_cpu_the_memory_of_larger_batches_is_estimated(monkeypatch, room, expected):
     monkeypatch.setattr(batch_size, "available_memory", lambda: room * MEGABYTE / batch_size.SHARE_OF_MEMORY)
     monkeypatch.setattr(batch_size, "_bytes_of_cached_images", lambda trial: 0)
+    monkeypatch.setattr(psutil, "Process", WatchedProcess)
     found, why = batch_size._estimated(FakeTrial(), [1, 2, 4, 8])
     assert found == expected, why
 

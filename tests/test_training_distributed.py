@@ -77,7 +77,7 @@ def two_processes(tmp_path_factory) -> Path:
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
     )
     try:
-        assert launched.wait(timeout=90) == 0
+        assert launched.wait(timeout=600) == 0
     finally:  # if the processes wait for each other for ever, the launcher ends them
         launched.terminate()
         launched.wait()

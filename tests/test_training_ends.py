@@ -32,10 +32,15 @@ def test_a_run_ends_when_its_ap_has_ceased_to_improve(tmp_path, scripted_ap, thr
     assert json.loads((tmp_path / "best" / "metrics.json").read_text())["ap"] == best
     assert json.loads((tmp_path / "summary.json").read_text())["stopped_early"] is True
 
+
+def test_more_patience_lets_a_run_that_has_ended_early_go_on(tmp_path, scripted_ap):
+    scripted_ap(0.2, 0.1, 0.1)
+    result = DetectionTrainer(tiny_options(tmp_path, **PATIENT)).train()
+    assert result.stopped_early
     ended = DetectionTrainer(tiny_options(tmp_path, **PATIENT, resume="auto"))
     assert ended.train().step == result.step
     scripted_ap(0.9, 0.8, 0.7)
-    more = {**PATIENT, "early_stopping_patience": 3, "epochs": len(evaluations) + 3}
+    more = {**PATIENT, "early_stopping_patience": 3, "epochs": 6}
     assert DetectionTrainer(tiny_options(tmp_path, **more, resume="auto")).train().step == result.step + 6
 
 

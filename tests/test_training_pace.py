@@ -8,7 +8,7 @@ from accelerate import PartialState
 
 from deperceiver_hf.training import pace
 from deperceiver_hf.training.checkpoints import TrainingProgress
-from deperceiver_hf.training.pace import Pace, as_duration
+from deperceiver_hf.training.pace import Pace, as_duration, minutes_in_words
 from deperceiver_hf.training.schedule import RunSchedule
 from training_runs import tiny_options
 
@@ -53,3 +53,12 @@ def test_time_left_is_that_of_steps_and_evaluations(monkeypatch, options, expect
 
 def test_durations():
     assert [as_duration(seconds) for seconds in (0.4, 59.6, 123, 3723)] == ["0:00", "1:00", "2:03", "1:02:03"]
+
+
+def test_estimates_are_said_in_words():
+    assert [minutes_in_words(minutes) for minutes in (0.2, 1.6, 89, 90)] == [
+        "a minute",
+        "2 minutes",
+        "89 minutes",
+        "1.5 hours",
+    ]

@@ -62,7 +62,7 @@ def runs(tmp_path_factory) -> Path:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert launched.returncode == 0, launched.stderr

@@ -184,20 +184,21 @@ def unique_names(names: Sequence[str]) -> list[str]:
     gets a hash of the name given. Most stay as they are.
     """
     portable = ["/".join(_portable(part) for part in name.split("/")) for name in names]
-    directories = {_folded(str(parent)) for name in portable for parent in PurePosixPath(name).parents}
+    directories = {folded_name(str(parent)) for name in portable for parent in PurePosixPath(name).parents}
     taken, chosen = set(directories), []
     for given, name in zip(names, portable, strict=True):
         directory, slash, last = name.rpartition("/")
         hashed = given
-        while _folded(name) in taken:
+        while folded_name(name) in taken:
             name = f"{directory}{slash}{_with_hash(last, hashed)}"
             hashed += "'"
-        taken.add(_folded(name))
+        taken.add(folded_name(name))
         chosen.append(name)
     return chosen
 
 
-def _folded(name: str) -> str:
+def folded_name(name: str) -> str:
+    """The same for all names that some file system takes for one."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

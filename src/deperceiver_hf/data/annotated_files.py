@@ -8,12 +8,13 @@ is), and if no other image has a claim to it.
 """
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from ..output_files import folded_name
 
 
 class FoundFile(NamedTuple):
@@ -127,7 +128,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _folded(path: str) -> str:
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(_slashed(path))).casefold())
+    return folded_name(unquote(_slashed(path)))
 
 
 def walk_files(directory: str) -> Iterator[str]:

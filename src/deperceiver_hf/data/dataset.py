@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
@@ -83,8 +82,7 @@ class DetectionDataset(Dataset):
         # Worker processes that live through several epochs see the new epoch through shared memory.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(data.dataset), dtype=torch.bool).share_memory_()
-        painted = data.dataset.format["type"] == "custom"  # images made on access, by the data set's own transform
-        self._rows = data.dataset if painted else data.dataset.cast_column("image", Image(decode=False))
+        self._rows = data.stored
         self._rows_without_image = data.dataset.with_format(None).remove_columns("image")
         self._images: dict[int, tv_tensors.Image] | None = {} if cache_images else None
 

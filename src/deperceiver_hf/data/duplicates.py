@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-from datasets import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -45,7 +44,7 @@ def image_hashes(data: DetectionData) -> ImageHashes:
     """Hashes of all images of a data set, in its order. Every image is decoded once, of a JPEG no more than needed."""
     content: list[str | None] = []
     perceptual = np.zeros((len(data.dataset), _CELLS * _CELLS // 64), dtype=np.uint64)
-    images = _stored_images(data)
+    images = (row["image"] for row in data.stored_images)
     with ThreadPoolExecutor(max_workers=4) as pool:  # decoders let other threads run
         while batch := list(itertools.islice(images, _IMAGES_AT_ONCE)):
             for digest, bits in pool.map(_hashes_of, batch):
@@ -94,13 +93,6 @@ def _near_pairs(perceptual: np.ndarray, distance: float) -> Iterator[np.ndarray]
     for start in range(0, len(perceptual), step):
         near = near_distances(perceptual[start : start + step], perceptual[start:]) <= distance
         yield np.argwhere(near) + start
-
-
-def _stored_images(data: DetectionData) -> Iterator[dict | PIL.Image.Image]:
-    """The images as they are stored; those that are made on access as they are made."""
-    if data.dataset.format["type"] == "custom":
-        return (row["image"] for row in data.dataset)
-    return (row["image"] for row in data.dataset.select_columns("image").cast_column("image", Image(decode=False)))
 
 
 def _hashes_of(image: dict | PIL.Image.Image) -> tuple[str | None, np.ndarray]:

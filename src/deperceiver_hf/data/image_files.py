@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import UserError
-from ..output_files import expand_home
+from ..output_files import expand_home, folded_name
 
 IMAGE_SUFFIXES = frozenset(
     (
@@ -230,7 +230,7 @@ def _identity(path: str) -> tuple:
     """Equal for two paths of one file, by whichever directories and capitals; links to files are files themselves."""
     place = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
     status = os.stat(path)
-    return status.st_dev, status.st_ino, unicodedata.normalize("NFC", place).casefold()
+    return status.st_dev, status.st_ino, folded_name(place)
 
 
 def _is_heif_readable() -> bool:

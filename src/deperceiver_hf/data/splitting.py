@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-from datasets import Image
 
 from ..errors import UserError
 from ..output_files import as_path, atomic_path
@@ -135,11 +134,10 @@ def write_list(path: str | os.PathLike, names: Sequence[str]) -> None:
 
 def image_names(data: DetectionData) -> list[str]:
     """The name of each image, all different: of a file its path below the folder that holds all, else its id."""
-    if data.dataset.format["type"] == "custom":
+    if data.paints_images:
         return [str(image_id) for image_id in data.dataset.with_format(None)["image_id"]]
-    stored = data.dataset.select_columns("image").cast_column("image", Image(decode=False)).with_format("arrow")
     paths: list[str | None] = []
-    for batch in stored.iter(batch_size=1000):
+    for batch in data.stored_images.with_format("arrow").iter(batch_size=1000):
         column = batch["image"].combine_chunks()
         paths += column.field("path").to_pylist()
     named = [path for path in paths if path]

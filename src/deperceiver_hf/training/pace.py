@@ -83,7 +83,7 @@ class Pace:
         if self.options.max_minutes is None and left > 0:
             seconds = self._seconds_of_a_step()
             logger.info(
-                f"A step takes {seconds:.2f} s, the {left} to go about {seconds * left / 60:.0f} minutes. "
+                f"A step takes {seconds:.2f} s, the {left} to go about {minutes_in_words(seconds * left / 60)}. "
                 "Ctrl-C saves the state; --resume auto goes on from it."
             )
 
@@ -93,3 +93,10 @@ def as_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def minutes_in_words(minutes: float) -> str:
+    """`a minute`, `12 minutes`, `1.5 hours`: as exact as an estimate is."""
+    if minutes < 1.5:
+        return "a minute"
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"

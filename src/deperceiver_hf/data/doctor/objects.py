@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image
+from datasets import Dataset
 from transformers.image_utils import SizeDict
 
 from ...errors import UserError
@@ -165,9 +165,7 @@ class ObjectTable:
 
     @cached_property
     def _images(self) -> Dataset:
-        if self.data.dataset.format["type"] == "custom":  # made on access
-            return self.data.dataset
-        return self.data.dataset.select_columns("image").cast_column("image", Image(decode=False))
+        return self.data.stored_images
 
     def example(self, index: int, text: str = "") -> Example:
         """An object."""
@@ -196,7 +194,7 @@ class ObjectTable:
 
 def _paths(data: DetectionData, count: int) -> list[str | None]:
     """The path of each image's file; `None` where it is stored in the data set, or made on access."""
-    if data.dataset.format["type"] == "custom":
+    if data.paints_images:
         return [None] * count
     paths: list[str | None] = []
     for batch in data.dataset.select_columns("image").with_format("arrow").iter(batch_size=10_000):

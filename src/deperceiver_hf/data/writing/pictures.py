@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import PIL.Image
-from datasets import Image
 
 from ...errors import UserError
 from ...output_files import unique_names
@@ -64,9 +63,7 @@ def write_images(
         ValueError: links are asked for, and an image is no file.
         OSError: a file cannot be read or written.
     """
-    painted = data.dataset.format["type"] == "custom"
-    rows = data.dataset if painted else data.dataset.select_columns("image").cast_column("image", Image(decode=False))
-    for row, name in zip(rows, names, strict=True):
+    for row, name in zip(data.stored_images, names, strict=True):
         image, target = row["image"], directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not isinstance(image, PIL.Image.Image) and image["bytes"] is None:
@@ -95,10 +92,10 @@ def _link(source: Path, target: Path) -> None:
 
 def _suffixes(data: DetectionData) -> list[str]:
     """The suffix of each image's kind, for those that have no name with one."""
-    if data.dataset.format["type"] == "custom":
+    if data.paints_images:
         return [".png"] * len(data.dataset)
     suffixes = []
-    for row in data.dataset.select_columns("image").cast_column("image", Image(decode=False)):
+    for row in data.stored_images:
         path, content = row["image"]["path"], row["image"]["bytes"]
         if content is None or (path and PurePosixPath(path).suffix):
             suffixes.append(PurePosixPath(path or "").suffix)

@@ -11,6 +11,7 @@ import torch
 from transformers.image_utils import SizeDict
 
 from ...data.doctor.objects import NOT_FEW, ObjectTable, TrainedSize
+from ...machine import available_memory
 from ..arguments import TrainingOptions
 from ..recipes import read_recipe, recipe_options
 
@@ -22,7 +23,7 @@ MOST_EPOCHS = 300
 VAL_FRACTION = 0.1  # of the images, where there are no others to evaluate on
 QUERIES_STEP, MOST_QUERIES = 50, 1_000
 ROOM = 1.1  # queries for each object of the fullest image
-CACHE_SHARE = 0.25  # of the memory, that decoded images may take
+CACHE_SHARE = 0.5  # of the memory available, that decoded images may take
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def recommend(
         f"to {usual:.0f}."
     )
 
-    if values.get("cache_images") and (needed := _decoded_bytes(table)) > CACHE_SHARE * _memory():
+    if values.get("cache_images") and (needed := _decoded_bytes(table)) > CACHE_SHARE * available_memory():
         overrides |= {"cache_images": False, "num_workers": min(2, os.cpu_count() or 1)}
         reasons.append(f"Images are not cached: decoded they are {needed / 2**30:.1f} GiB.")
 
@@ -138,11 +139,3 @@ def _unless_equal(values: dict[str, Any], wanted: dict[str, Any]) -> dict[str, A
 
 def _decoded_bytes(table: ObjectTable) -> int:
     return int(3 * table.sizes.prod(axis=1).sum())
-
-
-def _memory() -> float:
-    """Bytes of memory; without limit where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")

@@ -16,6 +16,7 @@ from ..arguments import TrainingOptions
 from ..building import build_model, training_mode
 from ..computation import attention_shape
 from ..optimization import create_optimizer
+from ..pace import minutes_in_words
 
 MEASURED_STEPS = 3
 ENOUGH_SECONDS = 15.0  # after which no further step is measured
@@ -56,9 +57,10 @@ class StepTime:
 
     def sentence(self, options: TrainingOptions, num_images: int) -> str:
         """The time of a run, and on what it rests."""
+        duration = minutes_in_words(self.minutes(options, num_images))
         return (
-            f"About {_in_words(self.minutes(options, num_images))} on this machine, evaluations left out: an estimate "
-            f"from {self.steps} steps on {self.device} ({self.precision}), {self.step:.2f} s each and "
+            f"About {duration} on this machine, evaluations left out: an estimate from {self.steps} steps on "
+            f"{self.device} ({self.precision}), {self.step:.2f} s each and "
             f"{self.loading:.2f} s to load the {options.batch_size} images.{self.busy}"
         )
 
@@ -133,11 +135,3 @@ def _busy() -> str:
     if load <= cores:
         return ""
     return f" The {cores} cores were shared (load {load:.1f}): alone, it is faster."
-
-
-def _in_words(minutes: float) -> str:
-    if minutes < 1:
-        return "a minute"
-    if minutes < 90:
-        return f"{minutes:.0f} minutes"
-    return f"{minutes / 60:.1f} hours"
