@@ -174,8 +174,9 @@ def _load_splits(source: str, cache_dir: str | None, config: str | None, streami
         missing = "" if path.exists() else f"There is no directory {source}, and as a data set on the Hub "
         raise FileNotFoundError(
             f"{missing}{source!r} could not be loaded: {type(error).__name__}: {one_line(error)} A data set is "
-            "'synthetic', a directory in COCO's layout (annotations/instances_SPLIT.json beside the images in SPLIT/), a "
-            "directory that `datasets` can load, or the id of a data set on the Hub (which needs a connection)."
+            "'synthetic', a directory in COCO's layout (annotations/instances_SPLIT.json beside the images in "
+            "SPLIT/), a directory that `datasets` can load, or the id of a data set on the Hub (which needs a "
+            "connection)."
         ) from error
 
 
