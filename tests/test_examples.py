@@ -45,7 +45,7 @@ def test_it_is_small_computes_in_float32_and_says_where_it_is_from():
     model = AutoModelForObjectDetection.from_pretrained(EXAMPLE)
     assert model.dtype == torch.float32
     assert model.config.id2label == {0: "RBC", 1: "WBC", 2: "Platelets"}
-    assert AutoImageProcessor.from_pretrained(EXAMPLE).size["shortest_edge"] == 320
+    assert AutoImageProcessor.from_pretrained(EXAMPLE).size["shortest_edge"] == 384
     card = ModelCard.load(EXAMPLE / "README.md")
     assert card.data.license == "apache-2.0"
     assert card.data.eval_results
