@@ -308,3 +308,13 @@ def test_streaming_reads_the_first_images(tmp_path_factory):
     assert len(DetectionDataset(data)) == 2
     with pytest.raises(UserError, match="leave out streaming"):
         load_detection_data(f"{save(tmp_path / 'saved', train=dataset)}:streaming=true", "train", max_samples=2)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_said_to_be_no_directory(tmp_path, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no connection")
+
+    monkeypatch.setattr("deperceiver_hf.data.formats.hub.load_dataset", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"There is no directory mine/typo, and .*: ConnectionError: no conn"):
+        load_detection_data("mine/typo", "train")

@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "blood-cells"
 
 @pytest.fixture(scope="module")
 def smear():
-    """A drawn smear of 640 x 480 pixels, and the boxes of its cells: four red ones and a white one with its nucleus."""
+    """A drawn smear of 640 x 480 pixels, and the boxes of its cells: four red ones and a white one."""
     image = Image.new("RGB", (640, 480), (225, 215, 210))
     draw = ImageDraw.Draw(image)
     red = [(x - 45, y - 45, x + 45, y + 45) for x, y in ((120, 100), (300, 220), (480, 340), (150, 350))]

@@ -171,10 +171,12 @@ def _load_splits(source: str, cache_dir: str | None, config: str | None, streami
         with _as_user_errors(f"{source!r} could not be loaded"):
             return dict(load_dataset(source, config, cache_dir=cache_dir, streaming=streaming))
     except OSError as error:  # not found, no connection
+        missing = "" if path.exists() else f"There is no directory {source}, and as a data set on the Hub "
         raise FileNotFoundError(
-            f"{source!r} could not be loaded: {type(error).__name__}: {one_line(error)} A data set is 'synthetic', a "
-            "directory in COCO's layout (annotations/instances_SPLIT.json beside the images in SPLIT/), a directory "
-            "that `datasets` can load, or the id of a data set on the Hub (which needs a connection)."
+            f"{missing}{source!r} could not be loaded: {type(error).__name__}: {one_line(error)} A data set is "
+            "'synthetic', a directory in COCO's layout (annotations/instances_SPLIT.json beside the images in "
+            "SPLIT/), a directory that `datasets` can load, or the id of a data set on the Hub (which needs a "
+            "connection)."
         ) from error
 
 
