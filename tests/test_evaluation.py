@@ -22,6 +22,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from coco_samples import CATEGORIES, annotation, coco_content, write_coco
 from conftest import tiny_config, tiny_v2_model
 from deperceiver_hf import DePerceiverForObjectDetection, DePerceiverImageProcessor, DePerceiverV2ImageProcessor
+from deperceiver_hf.cli import main
 from deperceiver_hf.data import DetectionDataset, load_detection_data
 from deperceiver_hf.data.synthetic.shapes import SHAPES
 from deperceiver_hf.drawing import contact_sheet_rows
@@ -569,16 +570,12 @@ def test_unknown_option_is_refused(data):
         evaluate_detector(Oracle(data, processor()), processor(), data, batch_sise=4)
 
 
-def test_command_ends_with_one_line_for_a_mistake(coco_directory, tmp_path):
-    run = subprocess.run(
-        [sys.executable, SCRIPT, "--model", tmp_path, "--dataset", coco_directory, "--output", tmp_path / "x.json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 2
-    assert "config.json" in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+def test_command_ends_with_one_line_for_a_mistake(coco_directory, tmp_path, capsys):
+    options = {"model": tmp_path, "dataset": coco_directory, "output": tmp_path / "x.json"}
+    assert main(["evaluate", *(text for name, value in options.items() for text in (f"--{name}", str(value)))]) == 2
+    printed = capsys.readouterr().err
+    assert "config.json" in printed
+    assert len(printed.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
