@@ -79,8 +79,9 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
     d, heads, logits, widening = config.d_model, config.num_attention_heads, config.num_labels, config.widening_factor
     levels, blocks, n = len(tokens), config.decoder_layers, sum(tokens)
     queries = min(config.num_queries, n)
-    key_channels = d // heads + 6 + levels
-    features, value_features = heads * (6 + levels + -key_channels % 8), heads * 8
+    numbers = 4 if config.edge_votes else 2  # that a head reports: for which edges, or where
+    key_channels = d // heads + max(6 + levels, 4 * numbers)
+    features, value_features = heads * (key_channels + -key_channels % 8) - d, heads * 4 * numbers
     places = queries * heads * (4 + levels)
     boxes = 4 * queries * d**2 + 8 * queries * d
 
@@ -93,14 +94,15 @@ def v2_by_hand(config: DePerceiverV2Config, tokens: list[int], channels: list[in
     key_values = 4 * n * d**2 * (1 if config.share_key_values else blocks)
     attending = 8 * queries * d**2 + 4 * queries**2 * d
     reading = 4 * queries * d**2 + 2 * places * d
-    reading += 2 * queries * n * (2 * d + features + value_features) + 4 * queries * heads * d
+    reading += 2 * queries * n * (2 * d + features + value_features) + 2 * numbers * queries * heads * d
     thinking = 4 * widening * queries * d**2
     block = 6 * queries * d**2 + attending + reading + thinking + boxes + 2 * queries * d * logits
-    flops = fusion + adapter + selection + key_values + blocks * block
+    votes = 4 * n if config.edge_votes else 0
+    flops = fusion + adapter + selection + 2 * votes * d + key_values + blocks * block
 
     weights = blocks * heads * (queries**2 + queries * n) + fusion_weights
     box_outputs = queries * (2 * d + 4)
-    made = fusion_made + n * d + n * (d + logits) + queries * d + box_outputs
+    made = fusion_made + votes + n * d + n * (d + logits) + queries * d + box_outputs
     made += 2 * n * d * (1 if config.share_key_values else blocks)
     made += blocks * (10 * queries * d + places + (widening + 1) * queries * d)
     made += blocks * (queries * value_features + queries * d + box_outputs + queries * logits)
