@@ -85,7 +85,7 @@ def killed_run(operation: int, output_dir: Path) -> None:
 
 
 def contents(output_dir: Path) -> dict[str, object]:
-    """What a run left: every file by name, without what depends on the clock and the directory's name."""
+    """What a run left: every file by name, without what depends on the clock and the directory's place."""
     found: dict[str, object] = {}
     for path in sorted(output_dir.rglob("*")):
         name = path.relative_to(output_dir).as_posix()
@@ -120,10 +120,10 @@ def main() -> int:
     work = arguments.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    straight, interrupted = work / "straight", work / "interrupted"
+    straight, interrupted = work / "straight" / "run", work / "interrupted" / "run"  # the name is in cards
     if in_child(killed_run, -1, straight) != 0:
         raise SystemExit("the uninterrupted run failed")
-    expected, operations = contents(straight), int((work / "counted").read_text())
+    expected, operations = contents(straight), int((straight.parent / "counted").read_text())
     points = list(range(1, operations + 1))
     if arguments.points is not None:
         points = sorted(random.Random(arguments.seed).sample(points, min(arguments.points, operations)))
